@@ -1,0 +1,99 @@
+"""Execution backends behind one contract: one file each, the same verbs.
+
+An engine computes the DiT's velocity for one static shape. It knows nothing of prompts,
+guidance or sampling; those are the runtime's.
+
+Inputs and output of every DiT engine, B the batch it was built for (1 unless asked otherwise):
+
+    hidden_states           float32 [B, 16, T, H, W]   latents
+    encoder_hidden_states   float32 [B, 1, L, C_text]  UMT5's output, padding included
+    timestep                float32 [B, T]             0..1000, one per latent frame
+    encoder_attention_mask  bool    [B, L]             True where a token is not padding
+    velocity                float32 [B, 16, T, H, W]   x0 - noise, as the network predicts it
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, Self
+
+import torch
+
+from lcexport.configs.errors import UsageError
+
+if TYPE_CHECKING:
+    from lcexport.engines.bundle import Bundle
+
+# Backend -> the module whose `open_engine(bundle, resolution, device)` opens it. Strings, so that
+# a backend's library is imported only when that backend is asked for. `eager` lives on the other
+# side of the arrow: it needs the model's code, which the runtime otherwise does without.
+BACKENDS = {
+    "onnxruntime": "lcexport.engines.ort",
+    "eager": "lcexport.eager",
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, static shape and dtype of one input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def check(self, tensor: torch.Tensor) -> None:
+        """Raise UsageError unless `tensor` has this shape and dtype and is contiguous."""
+        if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
+            raise UsageError(
+                f"engine tensor {self.name} does not fit",
+                got=f"{tensor.dtype} {list(tensor.shape)}",
+                wanted=f"{self.dtype} {list(self.shape)}",
+            )
+        if not tensor.is_contiguous():
+            raise UsageError(f"engine tensor {self.name} is not contiguous")
+
+
+class Engine(Protocol):
+    """One compiled (or eager) DiT at one shape. Not thread-safe: one engine, one thread."""
+
+    @property
+    def backend(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]: ...
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]: ...
+
+    def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
+        """Compute `outputs` from `inputs`, in place, without copying either.
+
+        Every tensor is contiguous, on `device`, and has the shape and dtype of its spec.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give everything back. Harmless when called twice."""
+        ...
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exception: object) -> None: ...
+
+
+def open_engine(backend: str, bundle: "Bundle", resolution: str, device: str = "cpu") -> Engine:
+    """Open `backend`'s engine for one resolution of a bundle.
+
+    Raises:
+        UsageError: no such backend, or the bundle holds no such resolution.
+        IncompatibleError: the backend's library or the device is missing; says how to get it.
+    """
+    return import_module(backend_module(backend)).open_engine(bundle, resolution, device)
+
+
+def backend_module(backend: str) -> str:
+    """Import path of a backend. Raises UsageError where there is no such backend."""
+    if backend not in BACKENDS:
+        raise UsageError(
+            "unknown backend", got=repr(backend), wanted=f"one of {', '.join(BACKENDS)}"
+        )
+    return BACKENDS[backend]

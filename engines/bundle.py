@@ -1,0 +1,199 @@
+"""The bundle: a folder that holds everything a deployment needs, and the manifest that says what.
+
+    manifest.json              this module's `Manifest`
+    dit.safetensors            the DiT's weights, native names, one file for every resolution
+    dit.<resolution>.onnx      one graph per resolution; initialisers are ranges of the file above
+    transformer/config.json    the DiT's configuration
+    text_encoder/ tokenizer/ vae/ scheduler/   as in the checkpoint
+    golden/<resolution>.safetensors            inputs and reference outputs for `verify`
+
+Nothing here writes: bundles are written by `lcexport.build`. Nothing here needs a GPU.
+"""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lcexport.configs import Preset
+from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
+from lcexport.engines.files import sha256_of
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "dit.safetensors"
+ALWAYS_HASHED_BYTES = 64 << 20  # files up to this size are hashed on every opening
+
+Precision = Literal["fp32", "bf16"]
+Islands = Literal["checkpoint", "original"]
+COMPONENTS = ("text_encoder", "tokenizer", "vae", "scheduler")
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(Frozen):
+    """Size and digest of one file of the bundle, by its path relative to the bundle."""
+
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class TensorRecord(Frozen):
+    """An engine's input or output. `dtype` is torch's name without the prefix: `float32`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class GraphRecord(Frozen):
+    """One resolution: its preset, its graph, and the proof that the graph keeps the precision."""
+
+    file: str
+    preset: Preset
+    batch: int = Field(ge=1)
+    num_cond_latents: int = Field(ge=0)
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    precision_proof: dict[str, int]
+    golden: str | None = None
+
+
+class StageRecord(Frozen):
+    """What one stage of the build cost."""
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+class SourceRecord(Frozen):
+    """Which checkpoint went in: its layout, and a digest over every tensor's name and bytes."""
+
+    layout: str
+    dtype: str
+    tensors: int
+    tensors_sha256: str
+
+
+class Manifest(Frozen):
+    """Everything `inspect` shows. The schema is closed: an unknown field is an error."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    created: str
+    source: SourceRecord
+    precision: Precision
+    islands: Islands
+    backends: tuple[str, ...]
+    graphs: dict[str, GraphRecord]
+    files: dict[str, FileRecord]
+    versions: dict[str, str]
+    device: str
+    effective: dict[str, object]
+    stages: tuple[StageRecord, ...]
+
+
+class Bundle:
+    """An opened bundle: its manifest, and paths that were checked to lie inside it."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    def path(self, name: str) -> Path:
+        """Path of one file of the manifest."""
+        if name not in self.manifest.files:
+            raise IntegrityError(f"the bundle {self.folder} has no file {name}")
+        return self.folder / name
+
+    def graph(self, resolution: str) -> GraphRecord:
+        """The graph built for `resolution`; UsageError names the ones there are."""
+        if resolution not in self.manifest.graphs:
+            raise UsageError(
+                f"the bundle {self.folder} was not built for this resolution",
+                got=repr(resolution),
+                wanted=f"one of {', '.join(self.manifest.graphs)}",
+                do=f"Add it: lcexport build --res {resolution} --add -o {self.folder}",
+            )
+        return self.manifest.graphs[resolution]
+
+    def check_files(self, *, every_hash: bool = False) -> None:
+        """Compare each file with the manifest: size always, SHA-256 where small or asked for.
+
+        Raises:
+            IntegrityError: a file is missing, is a link, or differs; names the file.
+        """
+        for name, record in self.manifest.files.items():
+            check_file(self.folder / name, record, hashed=every_hash)
+
+
+def open_bundle(folder: str | Path, *, every_hash: bool = False) -> Bundle:
+    """Read a bundle's manifest and check its files.
+
+    Raises:
+        IntegrityError: no bundle, or a file that is not the one the manifest names.
+        IncompatibleError: the bundle has another schema version.
+    """
+    folder = Path(folder)
+    bundle = Bundle(folder, read_manifest(folder))
+    bundle.check_files(every_hash=every_hash)
+    return bundle
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Parse and validate `manifest.json`; no other file is touched."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise IntegrityError(
+            "not a bundle",
+            got=f"no {path}",
+            do="Build one with `lcexport build --res 480p`.",
+        )
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise IntegrityError(f"{path} is not JSON: {error}", do="Rebuild the bundle.") from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise IncompatibleError(
+            f"{path} has another schema version",
+            got=version,
+            wanted=SCHEMA_VERSION,
+            do="Rebuild the bundle with this lcexport, or use the lcexport that built it.",
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise IntegrityError(f"{path}: {where}: {first['msg']}", do="Rebuild it.") from error
+    for name in manifest.files:
+        check_name(name, path)
+    return manifest
+
+
+def check_name(name: str, manifest: Path) -> None:
+    """Refuse a file name that leads out of the bundle."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or "\\" in name or any(p in ("..", ".") for p in parts):
+        raise IntegrityError(f"{manifest} names a file outside the bundle", got=repr(name))
+
+
+def check_file(path: Path, record: FileRecord, *, hashed: bool) -> None:
+    """Compare one file with its record; a link never passes, whatever it points to."""
+    do = "Copy the bundle again, or rebuild it."
+    if path.is_symlink() or not path.is_file():
+        raise IntegrityError(f"{path} is missing or not a regular file", do=do)
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise IntegrityError(f"{path} has another size", got=size, wanted=record.bytes, do=do)
+    if hashed or size <= ALWAYS_HASHED_BYTES:
+        digest = sha256_of(path)
+        if digest != record.sha256:
+            raise IntegrityError(
+                f"{path} is damaged: its SHA-256 differs", got=digest, wanted=record.sha256, do=do
+            )

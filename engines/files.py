@@ -1,0 +1,99 @@
+"""How every file of this project comes to be: temporary name, fsync, rename; never over another.
+
+A reader therefore sees a whole file under its final name, or none.
+"""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from lcexport.configs.errors import LcexportError, ResourceError
+
+CHUNK_BYTES = 8 << 20
+
+
+@contextmanager
+def new_file(path: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
+    """Open `path` for writing; it appears, complete and synced, when the block ends well.
+
+    Raises:
+        ResourceError: the file exists (unless `replace`), the disk is full, or no permission.
+    """
+    if path.exists() and not replace:
+        raise already_there(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with resource_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if replace:
+                temporary.replace(path)
+            else:
+                publish(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename without overwriting: link fails where the name is taken, rename would not."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError as error:
+        raise already_there(path) from error
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        temporary.rename(path)  # a file system without hard links
+
+
+def write_bytes(path: Path, data: bytes, *, replace: bool = False) -> None:
+    """Write a small file as `new_file` does."""
+    with new_file(path, replace=replace) as file:
+        file.write(data)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in bounded memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def already_there(path: Path) -> LcexportError:
+    return ResourceError(
+        "will not overwrite",
+        got=f"an existing {path}",
+        do="Name another path, or move it away first.",
+    )
+
+
+@contextmanager
+def resource_errors(path: Path) -> Iterator[None]:
+    """Turn the system's 'disk full' and 'no permission' into a ResourceError that says where."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(
+                f"the disk is full: writing {path}", do="Free some space or choose another disk."
+            ) from error
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise ResourceError(
+                f"no permission to write {path}", do="Choose a folder you may write to."
+            ) from error
+        raise
