@@ -77,7 +77,7 @@ def round_frames(frames: int) -> int:
 
 def preset_names() -> list[str]:
     """Names of the shipped presets."""
-    names = (entry.name for entry in files(__package__).iterdir())
+    names = (entry.name for entry in files("lcexport.configs").iterdir())
     return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
 
 
@@ -93,7 +93,9 @@ def preset_from(text: str) -> Preset:
         fields: dict[str, object] = {"height": height, "width": width, "frames": frames}
         name = f"{height}x{width}x{round_frames(frames)}"
     elif text in preset_names():
-        fields = tomllib.loads(files(__package__).joinpath(f"{text}.toml").read_text("utf-8"))
+        fields = tomllib.loads(
+            files("lcexport.configs").joinpath(f"{text}.toml").read_text("utf-8")
+        )
         name = text
     else:
         raise UsageError(

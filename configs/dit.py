@@ -23,9 +23,7 @@ class DiTConfig(BaseModel):
     in_channels: int = Field(default=16, ge=1)
     out_channels: int = Field(default=16, ge=1)
     hidden_size: int = Field(default=4096, ge=1)
-    depth: int = Field(
-        default=48, ge=1, validation_alias=AliasChoices("depth", "num_layers")
-    )
+    depth: int = Field(default=48, ge=1, validation_alias=AliasChoices("depth", "num_layers"))
     num_heads: int = Field(
         default=32, ge=1, validation_alias=AliasChoices("num_heads", "num_attention_heads")
     )

@@ -7,7 +7,7 @@
     text_encoder/ tokenizer/ vae/ scheduler/   as in the checkpoint
     golden/<resolution>.safetensors            inputs and reference outputs for `verify`
 
-Nothing here writes: bundles are written by `lcexport.build`. Nothing here needs a GPU.
+Nothing here writes: bundles are written by `lcexport.builder`. Nothing here needs a GPU.
 """
 
 import json
@@ -23,6 +23,7 @@ from lcexport.engines.files import sha256_of
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "dit.safetensors"
+DIT_CONFIG = "transformer/config.json"
 ALWAYS_HASHED_BYTES = 64 << 20  # files up to this size are hashed on every opening
 
 Precision = Literal["fp32", "bf16"]

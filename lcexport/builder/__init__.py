@@ -1,0 +1,24 @@
+"""From a checkpoint to a bundle.
+
+options    what is asked for
+plan       what it will need, and the refusal where it is not there
+staging    where it grows: lock, journal, resume, rename
+stages     the work, one function a stage
+run        the stages in order, and the manifest
+memory     what the kernel says of memory
+"""
+
+from lcexport.builder.options import BuildOptions, default_model, default_output
+from lcexport.builder.plan import Plan, make_plan, refuse_shortage
+from lcexport.builder.run import BuildProgress, build
+
+__all__ = [
+    "BuildOptions",
+    "BuildProgress",
+    "Plan",
+    "build",
+    "default_model",
+    "default_output",
+    "make_plan",
+    "refuse_shortage",
+]

@@ -1,0 +1,195 @@
+"""What a build and the bundle it makes will need, before a byte is written."""
+
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lcexport.builder.memory import available_memory_bytes
+from lcexport.builder.options import BuildOptions
+from lcexport.checkpoint import Checkpoint, expected_tensors, is_island
+from lcexport.configs import Preset
+from lcexport.configs.dit import DiTConfig
+from lcexport.configs.errors import ResourceError
+from lcexport.flops import forward_flops
+
+GRAPH_BYTES = 2 << 20  # one graph, generously: 0.6 MB were seen for 48 blocks
+EXPORT_BYTES = 800 << 20  # torch and the exporter themselves: 0.4 GB were seen
+CONVERT_BYTES = 700 << 20
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class SizePlan:
+    """One resolution. Times are not estimated: they belong to a benchmark on your machine."""
+
+    resolution: str
+    height: int
+    width: int
+    frames: int
+    latent_shape: tuple[int, ...]
+    tokens: int
+    flops_per_forward: int
+    flops_per_step: int  # guidance runs the DiT twice
+    activation_bytes: int
+    attention_scores_bytes: int  # kept by an engine without fused attention; 0 elsewhere
+    vae_decode_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `lcexport plan` prints."""
+
+    model: str
+    output: str
+    stages: tuple[str, ...]
+    weights_bytes: int
+    components_bytes: int
+    disk_needed_bytes: int
+    disk_free_bytes: int
+    build_memory_bytes: int
+    memory_free_bytes: int
+    sizes: tuple[SizePlan, ...]
+    # Peak memory while generating the largest size, by what becomes of text encoder and VAE.
+    runtime_bytes: dict[str, int]
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
+    """Plan a build of `checkpoint`. Reads headers and file sizes only."""
+    config = checkpoint.config
+    weights = weights_bytes(config, options.precision)
+    components = {name: tree_bytes(path) for name, path in checkpoint.components.items()}
+    sizes = tuple(size_plan(config, preset, options) for preset in options.presets)
+    golden = sum(golden_bytes(config, preset, options.batch) for preset in options.presets)
+    disk = GRAPH_BYTES * len(sizes)
+    disk += 0 if options.add else weights + sum(components.values())
+    disk += golden if options.only == "all" else 0
+    largest = max(step_bytes(size) for size in sizes)
+    memory = max(EXPORT_BYTES, CONVERT_BYTES)
+    if options.only == "all":
+        memory = max(memory, EXPORT_BYTES + weights + largest)
+    return Plan(
+        model=str(checkpoint.folder),
+        output=str(options.output),
+        stages=tuple(stage_names(options)),
+        weights_bytes=weights,
+        components_bytes=sum(components.values()),
+        disk_needed_bytes=disk,
+        disk_free_bytes=shutil.disk_usage(existing_parent(options.output)).free,
+        build_memory_bytes=memory,
+        memory_free_bytes=available_memory_bytes(),
+        sizes=sizes,
+        runtime_bytes=runtime_bytes(weights, components, sizes),
+    )
+
+
+def refuse_shortage(plan: Plan) -> None:
+    """ResourceError where the disk or the memory will not do."""
+    if plan.disk_needed_bytes > plan.disk_free_bytes:
+        raise ResourceError(
+            f"the disk of {plan.output} is too full for this build",
+            got=f"{gigabytes(plan.disk_free_bytes)} free",
+            wanted=gigabytes(plan.disk_needed_bytes),
+            do="Free some space, or choose another disk with -o.",
+        )
+    if plan.build_memory_bytes > plan.memory_free_bytes:
+        raise ResourceError(
+            "this machine's memory will not do for this build",
+            got=f"{gigabytes(plan.memory_free_bytes)} available",
+            wanted=gigabytes(plan.build_memory_bytes),
+            do="The golden outputs need the whole model in memory. `--only export` writes weights "
+            "and graphs without them, in under 1 GB.",
+        )
+
+
+def stage_names(options: BuildOptions) -> list[str]:
+    """The stages in order; `graph:480p` and so on once per resolution."""
+    names = [] if options.add else ["weights", "components"]
+    names += [f"graph:{preset.name}" for preset in options.presets]
+    if options.only == "all":
+        for preset in options.presets:
+            names.append(f"golden:{preset.name}")
+            names += [f"engine:{backend}:{preset.name}" for backend in options.backends]
+    return names
+
+
+def size_plan(config: DiTConfig, preset: Preset, options: BuildOptions) -> SizePlan:
+    """Shapes, FLOPs and memory of one resolution."""
+    flops = forward_flops(config, preset.latent_frames, preset.tokens, preset.text_tokens).total
+    element = ELEMENT_BYTES[options.precision]
+    # Alive at once in the feed-forward: residual and its float32 copy, input, two hidden maps.
+    width = config.hidden_size * (2 * element + 4) + 2 * config.ffn_hidden * element
+    unfused = "onnxruntime" in options.backends and options.device == "cpu"
+    scores = options.batch * config.num_heads * preset.tokens**2 * 4 if unfused else 0
+    # Two full-resolution frames of 96 channels in each of the decoder's last seven convolutions'
+    # caches, and about as much again in flight, float32.
+    decode = 2 * 7 * 2 * 96 * preset.height * preset.width * 4
+    return SizePlan(
+        resolution=preset.name,
+        height=preset.height,
+        width=preset.width,
+        frames=preset.frames,
+        latent_shape=(options.batch, *preset.latent_shape),
+        tokens=preset.tokens,
+        flops_per_forward=flops,
+        flops_per_step=2 * flops,
+        activation_bytes=options.batch * preset.tokens * width,
+        attention_scores_bytes=scores,
+        vae_decode_bytes=decode + preset.height * preset.width * preset.frames * 3 * 4,
+    )
+
+
+def runtime_bytes(
+    weights: int, components: dict[str, int], sizes: tuple[SizePlan, ...]
+) -> dict[str, int]:
+    """Peak memory on the engine's device for each `offload` of `lcexport.runtime.load`."""
+    text, vae = components.get("text_encoder", 0), components.get("vae", 0)
+    step = max(step_bytes(size) for size in sizes)
+    decode = max(size.vae_decode_bytes for size in sizes)
+    return {
+        "keep": weights + text + vae + max(step, decode),
+        "cpu": weights + max(text, step, vae + decode),
+        "release": weights + max(text, step, vae + decode),
+    }
+
+
+def step_bytes(size: SizePlan) -> int:
+    return size.activation_bytes + size.attention_scores_bytes
+
+
+def weights_bytes(config: DiTConfig, precision: str) -> int:
+    """Size of the weights file without its header."""
+    total = 0
+    for name, shape in expected_tensors(config, "native").items():
+        elements = 1
+        for dim in shape:
+            elements *= dim
+        total += elements * (4 if is_island(name) else ELEMENT_BYTES[precision])
+    return total
+
+
+def golden_bytes(config: DiTConfig, preset: Preset, batch: int) -> int:
+    """Three tensors of latents and two of text features, float32."""
+    channels, frames, height, width = preset.latent_shape
+    latents = channels * frames * height * width
+    return batch * 4 * (3 * latents + 2 * preset.text_tokens * config.caption_channels)
+
+
+def tree_bytes(folder: Path) -> int:
+    """Bytes of all files below, links followed."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that exists, for asking its disk."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path if os.access(path, os.R_OK) else path.parent
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,245 @@
+"""The folder a bundle grows in: locked, journaled, resumable, and renamed when it is whole.
+
+A new bundle grows in `<output>.building` beside its output folder (`NewBundle`): each finished
+stage is journaled with the digests of its files, so that a killed build continues with `--resume`.
+A resolution added to a bundle (`Addition`) takes seconds and has no journal: its files appear
+whole in the bundle, and count from the moment the manifest, replaced last, names them.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lcexport.builder.memory import peak_rss_bytes, reset_peak_rss
+from lcexport.configs.errors import InputError, LockedError, ResourceError
+from lcexport.engines.bundle import MANIFEST, FileRecord, Manifest, StageRecord
+from lcexport.engines.files import resource_errors, sync_folder, write_bytes
+
+JOURNAL = ".journal.json"
+
+
+class StageOutput(BaseModel):
+    """What a stage's work returns: its files, and facts for the stages after it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    files: dict[str, FileRecord]
+    facts: dict[str, object] = {}
+
+
+class DoneStage(BaseModel):
+    """One finished stage: what it cost and what it made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    record: StageRecord
+    output: StageOutput
+
+
+class Journal(BaseModel):
+    """Which build this is, and what of it is done."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fingerprint: dict[str, object]
+    stages: dict[str, DoneStage] = {}
+
+
+class Workplace(Protocol):
+    """Where stages run. `folder` holds the weights and the graphs side by side."""
+
+    folder: Path
+
+    def run(self, name: str, work: Callable[[], StageOutput]) -> DoneStage: ...
+    def publish(self, manifest: Manifest) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None: ...
+
+
+def measured(name: str, work: Callable[[], StageOutput]) -> DoneStage:
+    """Run one stage and note its seconds and its own peak of resident memory."""
+    reset_peak_rss()
+    start = time.perf_counter()
+    output = work()
+    seconds = round(time.perf_counter() - start, 3)
+    record = StageRecord(name=name, seconds=seconds, peak_rss_bytes=peak_rss_bytes())
+    return DoneStage(record=record, output=output)
+
+
+class NewBundle:
+    """A bundle in the making. Left by an error, it stays for `--resume` if a stage was done."""
+
+    def __init__(self, output: Path, fingerprint: Mapping[str, object], *, resume: bool) -> None:
+        self.output = output
+        self.folder = output.with_name(f"{output.name}.building")
+        self.journal = Journal(fingerprint=dict(fingerprint))
+        self._resume = resume
+        self._lock = FolderLock()
+
+    def __enter__(self) -> Self:
+        refuse_occupied(self.output)
+        with resource_errors(self.folder):
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+        self._lock.take(self.folder, self.output)
+        found = False
+        try:
+            refuse_occupied(self.output)  # again: the other builder may just have finished
+            found = any(self.folder.iterdir())
+            if found:
+                self._continue()
+            elif self._resume:
+                raise InputError(f"nothing to resume: there is no unfinished {self.folder}")
+            self._write_journal()
+        except BaseException:
+            self._leave(keep=found)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._leave(keep=kind is not None and bool(self.journal.stages))
+
+    def run(self, name: str, work: Callable[[], StageOutput]) -> DoneStage:
+        """Run one stage and journal it, unless the journal says it is done."""
+        if name not in self.journal.stages:
+            stages = {**self.journal.stages, name: measured(name, work)}
+            self.journal = Journal(fingerprint=self.journal.fingerprint, stages=stages)
+            self._write_journal()
+        return self.journal.stages[name]
+
+    def publish(self, manifest: Manifest) -> None:
+        """Write the manifest and give the whole folder its name, in one rename."""
+        with resource_errors(self.output):
+            write_bytes(self.folder / MANIFEST, manifest_json(manifest))
+            (self.folder / JOURNAL).unlink()
+            self.folder.rename(self.output)  # over an empty folder, or none
+            sync_folder(self.output.parent)
+
+    def _continue(self) -> None:
+        """Take over the journal of a killed build, and clear what its last stage left."""
+        if not self._resume:
+            raise ResourceError(
+                f"an unfinished build is at {self.folder}",
+                do="Continue it with --resume, or delete that folder.",
+            )
+        try:
+            journal = Journal.model_validate(json.loads((self.folder / JOURNAL).read_bytes()))
+        except (OSError, ValueError, ValidationError) as error:
+            raise InputError(f"{self.folder} has no readable journal", do="Delete it.") from error
+        wanted, found = self.journal.fingerprint, journal.fingerprint
+        if found != wanted:
+            differ = [key for key, value in wanted.items() if found.get(key) != value]
+            raise InputError(
+                f"the unfinished build at {self.folder} was started differently",
+                got=f"another {', '.join(differ)}",
+                do="Resume with the same options and checkpoint, or delete that folder.",
+            )
+        self.journal = journal
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove every file no finished stage made; check that those it made are there."""
+        files = {
+            name: record
+            for done in self.journal.stages.values()
+            for name, record in done.output.files.items()
+        }
+        for path in self.folder.rglob("*"):
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_file() and name not in files and name != JOURNAL:
+                path.unlink()
+        for name, record in files.items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != record.bytes:
+                raise InputError(f"{path} is not as journaled", do=f"Delete {self.folder}.")
+
+    def _write_journal(self) -> None:
+        data = self.journal.model_dump_json(indent=1).encode()
+        write_bytes(self.folder / JOURNAL, data, replace=True)
+
+    def _leave(self, *, keep: bool) -> None:
+        if not keep and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self._lock.release()
+
+
+class Addition:
+    """A resolution in the making inside a finished bundle. Left by an error, it leaves no trace."""
+
+    def __init__(self, output: Path, manifest: Manifest) -> None:
+        self.folder = output
+        self._named = set(manifest.files)
+        self._made: list[Path] = []
+        self._lock = FolderLock()
+
+    def __enter__(self) -> Self:
+        self._lock.take(self.folder, self.folder)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:
+            for path in self._made:
+                path.unlink(missing_ok=True)
+        self._lock.release()
+
+    def run(self, name: str, work: Callable[[], StageOutput]) -> DoneStage:
+        """Run one stage; remember its files so that a later error can take them away again."""
+        done = measured(name, work)
+        clash = self._named & set(done.output.files)
+        assert not clash, f"an added resolution wrote over {clash}"
+        self._made += [self.folder / made for made in done.output.files]
+        return done
+
+    def publish(self, manifest: Manifest) -> None:
+        """Replace the manifest: from here on the new resolution is part of the bundle."""
+        with resource_errors(self.folder):
+            write_bytes(self.folder / MANIFEST, manifest_json(manifest), replace=True)
+        self._made.clear()
+
+
+class FolderLock:
+    """An advisory lock on a folder, held by an open descriptor: it ends with the process."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def take(self, folder: Path, output: Path) -> None:
+        """Lock, or raise LockedError: somebody builds here, or just renamed the folder away."""
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
+        except BlockingIOError:
+            same = False
+        if not same:
+            os.close(descriptor)
+            raise LockedError(
+                f"another build is writing {output}", do="Wait for it, or name another -o."
+            )
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def refuse_occupied(output: Path) -> None:
+    """A new bundle needs a free name or an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ResourceError(
+            "the output folder is not empty",
+            got=output,
+            do="Name another with -o, or use --add to add a resolution to a bundle.",
+        )
+
+
+def manifest_json(manifest: Manifest) -> bytes:
+    return (manifest.model_dump_json(indent=1) + "\n").encode()

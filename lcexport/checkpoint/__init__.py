@@ -1,0 +1,58 @@
+"""Checkpoints: find them, check them, read them in bounded memory, convert them.
+
+header      the safetensors header, checked before anything else is read
+names       the one table of tensor names, original and native
+shards      one file, or shards and their index
+layout      which folder layout, configuration and naming; `open_checkpoint`
+checks      tensors found against tensors the configuration calls for
+reading     byte ranges to chunks or tensors
+scan        digests, NaN and infinity
+targets     what a written file holds: splits, joins and casts
+stream      write it; `write_native`, `write_original`
+folders     configurations and components around the weights
+compare     prove a written checkpoint against its source
+convert     whole folders, either way
+validate    one report on everything
+"""
+
+from lcexport.checkpoint.checks import check_tensors, problems
+from lcexport.checkpoint.compare import check_same
+from lcexport.checkpoint.convert import ConvertReport, convert
+from lcexport.checkpoint.header import Header, TensorInfo, read_header
+from lcexport.checkpoint.layout import Checkpoint, Layout, Piece, open_checkpoint
+from lcexport.checkpoint.names import Naming, expected_tensors, is_island
+from lcexport.checkpoint.reading import read_tensor
+from lcexport.checkpoint.scan import Progress, ScanReport, scan_tensors, tensors_digest
+from lcexport.checkpoint.stream import WriteReport, write_native, write_original
+from lcexport.checkpoint.targets import Bulk, Islands
+from lcexport.checkpoint.validate import ValidationReport, validate
+
+__all__ = [
+    "Bulk",
+    "Checkpoint",
+    "ConvertReport",
+    "Header",
+    "Islands",
+    "Layout",
+    "Naming",
+    "Piece",
+    "Progress",
+    "ScanReport",
+    "TensorInfo",
+    "ValidationReport",
+    "WriteReport",
+    "check_same",
+    "check_tensors",
+    "convert",
+    "expected_tensors",
+    "is_island",
+    "open_checkpoint",
+    "problems",
+    "read_header",
+    "read_tensor",
+    "scan_tensors",
+    "tensors_digest",
+    "validate",
+    "write_native",
+    "write_original",
+]

@@ -1,0 +1,194 @@
+"""Convert a whole checkpoint folder between the released layout and FastVideo's.
+
+The new folder is written beside its destination under a temporary name and renamed at the end:
+the destination is complete or was never touched.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lcexport.checkpoint.checks import check_tensors
+from lcexport.checkpoint.compare import check_same
+from lcexport.checkpoint.folders import (
+    copy_folder,
+    folder_bytes,
+    model_index,
+    translated_config,
+    write_json,
+)
+from lcexport.checkpoint.layout import Checkpoint, Layout, open_checkpoint
+from lcexport.checkpoint.names import Naming
+from lcexport.checkpoint.scan import Progress
+from lcexport.checkpoint.stream import WriteReport, write_native, write_original
+from lcexport.checkpoint.targets import Islands, check_choice
+from lcexport.configs.errors import ResourceError, UsageError
+from lcexport.engines.files import resource_errors, sync_folder
+
+DIT_FOLDER: dict[Naming, str] = {"original": "dit", "native": "transformer"}
+WEIGHTS_FILE: dict[Naming, str] = {
+    "original": "diffusion_pytorch_model.safetensors",
+    "native": "model.safetensors",
+}
+LORA = "lora"
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was written where. `checked` counts the native tensors compared, 0 without `check`."""
+
+    destination: Path
+    layout: Layout
+    naming: Naming
+    weights: WriteReport
+    copied: list[str]
+    copied_bytes: int
+    checked: int
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: Naming,
+    dtype: Literal["keep", "bf16"] = "keep",
+    islands: Islands = "checkpoint",
+    check: bool = False,
+    on_progress: Progress | None = None,
+) -> ConvertReport:
+    """Convert a checkpoint folder of any layout.
+
+    A bare DiT folder becomes a bare DiT folder; any other becomes a whole one, with whichever of
+    text_encoder, tokenizer, vae, scheduler and lora are there copied as they are.
+
+    Args:
+        source: the checkpoint's folder.
+        destination: a new folder, or an empty one.
+        to: "native" for FastVideo's layout and names, "original" for the released one's.
+        dtype: "keep" copies the weights' bytes; "bf16" rounds all but the FP32 islands.
+        islands: with "bf16": the islands' values as they are, or rounded as the original's.
+        check: read both sides again and compare every tensor.
+        on_progress: called with source bytes done and in total, first for writing, then for
+            checking; it may raise to stop.
+
+    Raises:
+        InputError: the source is not a sound checkpoint.
+        ResourceError: the destination is taken, its parent is missing, or the disk is full.
+        UsageError: `to`, `dtype` or `islands` make no sense.
+        VerificationError: `check` found a difference; the message names the tensor.
+    """
+    destination = Path(destination).absolute()
+    checkpoint = _checked_source(Path(source), destination, to, dtype, islands)
+    with _replacing(destination) as folder:
+        dit_folder = folder / DIT_FOLDER[to] if checkpoint.layout != "dit" else folder
+        copied = _copy_components(checkpoint, folder)
+        weights = _write_dit(checkpoint, dit_folder, to, dtype, islands, on_progress)
+        layout: Layout = _layout_of(checkpoint, to)
+        if layout == "fastvideo":
+            write_json(folder / "model_index.json", model_index(list(checkpoint.components)))
+        checked = 0
+        if check:
+            written = open_checkpoint(folder)
+            checked = check_same(
+                checkpoint, written, bulk=dtype, islands=islands, on_progress=on_progress
+            )
+    final = destination / weights.path.relative_to(folder)
+    return ConvertReport(
+        destination, layout, to, weights.moved(final), list(copied), sum(copied.values()), checked
+    )
+
+
+def _checked_source(
+    source: Path, destination: Path, to: str, dtype: Literal["keep", "bf16"], islands: Islands
+) -> Checkpoint:
+    """Everything that can be refused before a byte is written."""
+    if to not in DIT_FOLDER or dtype not in ("keep", "bf16"):
+        raise UsageError(
+            "unknown kind of conversion", got=f"to={to!r}, dtype={dtype!r}",
+            wanted="to native or original, dtype keep or bf16",
+        )  # fmt: skip
+    check_choice(dtype, islands)
+    _check_free(destination)
+    checkpoint = open_checkpoint(source)
+    check_tensors(checkpoint)
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise UsageError("the destination is inside the checkpoint", got=destination)
+    return checkpoint
+
+
+def _layout_of(checkpoint: Checkpoint, to: Naming) -> Layout:
+    if checkpoint.layout == "dit":
+        return "dit"
+    return "fastvideo" if to == "native" else "released"
+
+
+def _write_dit(
+    checkpoint: Checkpoint,
+    dit_folder: Path,
+    to: Naming,
+    dtype: Literal["keep", "bf16"],
+    islands: Islands,
+    on_progress: Progress | None,
+) -> WriteReport:
+    dit_folder.mkdir(exist_ok=True)
+    config = translated_config(checkpoint.dit_folder / "config.json", checkpoint.config, to)
+    write_json(dit_folder / "config.json", config)
+    write = write_native if to == "native" else write_original
+    return write(
+        checkpoint, dit_folder / WEIGHTS_FILE[to], bulk=dtype, islands=islands,
+        on_progress=on_progress,
+    )  # fmt: skip
+
+
+def _copy_components(checkpoint: Checkpoint, folder: Path) -> dict[str, int]:
+    """Copy the folders beside the DiT; name -> bytes."""
+    sources = dict(checkpoint.components)
+    if checkpoint.layout != "dit" and (checkpoint.folder / LORA).is_dir():
+        sources[LORA] = checkpoint.folder / LORA
+    needed = sum(folder_bytes(path) for path in sources.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ResourceError(
+            "the disk is too small for the components", got=f"{free} bytes free", wanted=needed,
+            do="Free some space or choose another disk.",
+        )  # fmt: skip
+    return {name: copy_folder(path, folder / name) for name, path in sources.items()}
+
+
+def _check_free(destination: Path) -> None:
+    """The destination is new or an empty folder, and its parent is there."""
+    if destination.is_dir() and not any(destination.iterdir()):
+        return
+    if destination.exists() or destination.is_symlink():
+        raise ResourceError(
+            "will not overwrite", got=f"an existing {destination}",
+            do="Name another folder, or move it away first.",
+        )  # fmt: skip
+    if not destination.parent.is_dir():
+        raise ResourceError(
+            f"the folder {destination.parent} does not exist", do="Create it first."
+        )
+
+
+@contextmanager
+def _replacing(destination: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `destination` when the block ends well, and else vanishes."""
+    # a random name: a killed process of the same id must not be in the way
+    temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.partial")
+    with resource_errors(destination):
+        temporary.mkdir()
+        try:
+            yield temporary
+            for folder, _, _ in os.walk(temporary):
+                sync_folder(Path(folder))
+            _check_free(destination)
+            temporary.rename(destination)  # onto an empty folder too; onto a full one it fails
+            sync_folder(destination.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise

@@ -1,0 +1,172 @@
+"""Find the DiT in a folder: which layout, which files, which naming, every tensor's place.
+
+Three layouts are known: the released one (`dit/` beside text_encoder, tokenizer, vae, scheduler),
+FastVideo's (`transformer/` and `model_index.json`), and a bare DiT folder (`config.json` and the
+weights). Each may hold one file or shards with an index, under original or native names. Only
+headers are read here; no weight is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lcexport.checkpoint.checks import check_tensors
+from lcexport.checkpoint.header import TensorInfo
+from lcexport.checkpoint.names import Naming, name_pairs, naming_of
+from lcexport.checkpoint.shards import Weights, read_weights
+from lcexport.configs.dit import DiTConfig
+from lcexport.configs.errors import InputError
+
+Layout = Literal["released", "fastvideo", "dit"]
+
+COMPONENTS = ("text_encoder", "tokenizer", "vae", "scheduler")
+DIT_FOLDERS: dict[Layout, str] = {"released": "dit", "fastvideo": "transformer"}
+HOW_TO_GET_ONE = (
+    "Get the released one with `hf download meituan-longcat/LongCat-Video --local-dir "
+    "weights/LongCat-Video`, or make a small one with `lcexport demo-checkpoint DIR`."
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor as a byte range of a source tensor: all of it, or one third or half of its rows."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorInfo
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A readable checkpoint. `tensors` is as found; `check_tensors` compares it to `config`."""
+
+    folder: Path
+    layout: Layout
+    naming: Naming
+    config: DiTConfig
+    dit_folder: Path
+    files: list[Path]
+    tensors: dict[str, TensorInfo]
+    components: dict[str, Path]
+
+    def native(self) -> dict[str, Piece]:
+        """Every native tensor, in canonical order, as a byte range of a source tensor.
+
+        Raises:
+            InputError: tensors are missing, unknown, or of another shape or dtype.
+        """
+        check_tensors(self)
+        if self.naming == "native":
+            infos = {n: self.tensors[n] for pair in name_pairs(self.config) for n in pair.natives}
+            return {name: whole(info) for name, info in infos.items()}
+        pieces = {}
+        for pair in name_pairs(self.config):
+            source = self.tensors[pair.original]
+            part_bytes = source.bytes // len(pair.natives)
+            for index, name in enumerate(pair.natives):
+                start = source.start + index * part_bytes
+                end = start + part_bytes
+                pieces[name] = Piece(source.dtype, pair.native_shape, source, start, end)
+        return pieces
+
+
+@dataclass
+class Survey:
+    """What a folder holds, whether or not it is a sound checkpoint: `errors` says what is not."""
+
+    folder: Path
+    layout: Layout
+    dit_folder: Path
+    components: dict[str, Path]
+    weights: Weights = field(default_factory=Weights)
+    config: DiTConfig | None = None
+    naming: Naming | None = None
+    errors: list[InputError] = field(default_factory=list)
+
+
+def whole(info: TensorInfo) -> Piece:
+    """The piece that is a whole tensor."""
+    return Piece(info.dtype, info.shape, info, info.start, info.end)
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Open a checkpoint of any layout by reading its configuration and its headers.
+
+    Raises:
+        InputError: there is none (the message says how to get one), or its configuration, its
+            index or a shard is unusable. Keys and shapes are `check_tensors`' business.
+    """
+    found = survey(folder)
+    if found.errors:
+        raise found.errors[0]
+    assert found.config is not None
+    assert found.naming is not None
+    return Checkpoint(
+        folder=found.folder,
+        layout=found.layout,
+        naming=found.naming,
+        config=found.config,
+        dit_folder=found.dit_folder,
+        files=found.weights.files,
+        tensors=found.weights.tensors,
+        components=found.components,
+    )
+
+
+def survey(folder: str | Path) -> Survey:
+    """Look at a folder and collect what is wrong instead of stopping at the first thing.
+
+    Raises:
+        InputError: there is no checkpoint at all.
+    """
+    folder = Path(folder)
+    layout, dit_folder = _locate(folder)
+    present = {name: folder / name for name in COMPONENTS} if layout != "dit" else {}
+    components = {name: path for name, path in present.items() if path.is_dir()}
+    found = Survey(folder, layout, dit_folder, components)
+    try:
+        found.config = _read_config(dit_folder / "config.json")
+    except InputError as error:
+        found.errors.append(error)
+    found.weights = read_weights(dit_folder, found.errors)
+    found.naming = naming_of(list(found.weights.tensors))
+    if found.naming is None and not found.errors:
+        found.errors.append(_foreign(dit_folder, found.weights.tensors))
+    return found
+
+
+def _locate(folder: Path) -> tuple[Layout, Path]:
+    if not folder.is_dir():
+        raise InputError(f"there is no checkpoint at {folder}", do=HOW_TO_GET_ONE)
+    inside: list[Layout] = [name for name, sub in DIT_FOLDERS.items() if (folder / sub).is_dir()]
+    if len(inside) == 2:
+        raise InputError(
+            f"{folder} holds both dit/ and transformer/",
+            do=f"Name the one you mean: {folder / 'dit'} or {folder / 'transformer'}.",
+        )
+    if inside:
+        return inside[0], folder / DIT_FOLDERS[inside[0]]
+    if (folder / "config.json").is_file() or any(folder.glob("*.safetensors*")):
+        return "dit", folder
+    raise InputError(
+        f"there is no checkpoint in {folder}", wanted="dit/, transformer/ or config.json in it",
+        do=HOW_TO_GET_ONE,
+    )  # fmt: skip
+
+
+def _read_config(path: Path) -> DiTConfig:
+    try:
+        return DiTConfig.from_json(path)
+    except (OSError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def _foreign(dit_folder: Path, tensors: Mapping[str, TensorInfo]) -> InputError:
+    return InputError(
+        f"{dit_folder} holds no LongCat-Video DiT: none of its tensors has a known name",
+        got=", ".join(list(tensors)[:3]) or "no tensors at all",
+        wanted="x_embedder.proj.weight or patch_embed.proj.weight, for one", do=HOW_TO_GET_ONE,
+    )  # fmt: skip

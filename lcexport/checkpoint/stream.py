@@ -1,0 +1,187 @@
+"""Write a checkpoint's weights as one safetensors file, in one pass and in bounded memory.
+
+The file is written front to back, so that its digest, and the digest of every source tensor, come
+out on the way. Data starts at a multiple of 4096 bytes and every tensor whose size is a multiple
+of 256 bytes starts at one: such a file can be mapped and handed to a GPU runtime as it is.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from lcexport.checkpoint.header import LENGTH_BYTES, TensorInfo
+from lcexport.checkpoint.layout import Checkpoint
+from lcexport.checkpoint.reading import Chunk, read_chunks
+from lcexport.checkpoint.scan import Progress, SourceDigests, check_finite
+from lcexport.checkpoint.targets import Bulk, Islands, Target, native_targets, original_targets
+from lcexport.configs.errors import ResourceError
+from lcexport.engines.files import new_file
+
+PAGE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """A written file: its size and SHA-256, its tensors, and the digests of the source's.
+
+    `tensors_sha256` sums up the source: one line per source tensor with name, dtype, shape and
+    SHA-256 (`source_digests`), sorted by name. It does not depend on how the source is sharded.
+    """
+
+    path: Path
+    bytes: int
+    sha256: str
+    tensors_sha256: str
+    count: int
+    tensors: dict[str, TensorInfo]
+    source_digests: dict[str, str]
+
+    def moved(self, path: Path) -> "WriteReport":
+        """The same report for the file under another name."""
+        tensors = {name: replace(info, path=path) for name, info in self.tensors.items()}
+        return replace(self, path=path, tensors=tensors)
+
+
+def write_native(
+    checkpoint: Checkpoint,
+    path: str | Path,
+    *,
+    bulk: Bulk,
+    islands: Islands = "checkpoint",
+    scan: bool = True,
+    on_progress: Progress | None = None,
+) -> WriteReport:
+    """Write the weights under native names.
+
+    Args:
+        checkpoint: the source, of either naming.
+        path: the new file.
+        bulk: "keep" copies all bytes as they are; "bf16" rounds the bulk and writes the FP32
+            islands as F32; "fp32" writes everything as F32.
+        islands: beside a BF16 bulk, "checkpoint" keeps the islands' values and "original" rounds
+            them to BF16 before widening, which is what the original computes with.
+        scan: refuse NaN, infinities and values that overflow in the cast.
+        on_progress: called with source bytes done and in total; it may raise to stop.
+
+    Raises:
+        InputError: the checkpoint is incomplete, unreadable, or fails the scan.
+        ResourceError: the file exists, or the disk is full.
+        UsageError: `bulk` and `islands` contradict each other.
+    """
+    targets = native_targets(checkpoint, bulk=bulk, islands=islands)
+    return _write(targets, Path(path), _metadata(bulk, islands), scan, on_progress)
+
+
+def write_original(
+    checkpoint: Checkpoint,
+    path: str | Path,
+    *,
+    bulk: Bulk,
+    islands: Islands = "checkpoint",
+    scan: bool = True,
+    on_progress: Progress | None = None,
+) -> WriteReport:
+    """Write the weights under original names, q/k/v joined; otherwise like `write_native`."""
+    targets = original_targets(checkpoint, bulk=bulk, islands=islands)
+    return _write(targets, Path(path), _metadata(bulk, islands), scan, on_progress)
+
+
+def _metadata(bulk: Bulk, islands: Islands) -> dict[str, str]:
+    return {"format": "pt", "precision": bulk, "islands": islands}
+
+
+def _write(
+    targets: list[Target],
+    path: Path,
+    metadata: dict[str, str],
+    scan: bool,
+    on_progress: Progress | None,
+) -> WriteReport:
+    header, tensors = _layout(targets, path, metadata)
+    size = len(header) + sum(target.bytes for target in targets)
+    _check_space(path, size)
+    with new_file(path) as file:
+        writer = _Writer(file, scan)
+        writer.put(header)
+        total = sum(piece.end - piece.start for target in targets for piece in target.ranges)
+        owners = [target for target in targets for _ in target.ranges]
+        done = 0
+        for chunk in read_chunks(piece for target in targets for piece in target.ranges):
+            writer.convert(chunk, owners[chunk.piece])
+            done += len(chunk.data)
+            if on_progress:
+                on_progress(done, total)
+        assert file.tell() == size, "the file is not as long as its header says"
+    digests = writer.sources
+    return WriteReport(
+        path, size, writer.digest.hexdigest(), digests.combined(), len(tensors), tensors,
+        digests.digests,
+    )  # fmt: skip
+
+
+class _Writer:
+    """Sequential output with its digest."""
+
+    def __init__(self, file: BinaryIO, scan: bool) -> None:
+        self.file, self.scan = file, scan
+        self.digest, self.sources = hashlib.sha256(), SourceDigests()
+
+    def put(self, data: bytes | memoryview) -> None:
+        self.digest.update(data)
+        self.file.write(data)
+
+    def convert(self, chunk: Chunk, target: Target) -> None:
+        self.sources.add(chunk)
+        if self.scan:
+            check_finite(chunk, target.narrowest)
+        self.put(converted(chunk, target))
+
+
+def converted(chunk: Chunk, target: Target) -> memoryview:
+    """The chunk's bytes as the target wants them; the source's own bytes if nothing changes."""
+    if chunk.source.dtype == target.dtype and not target.through_bf16:
+        return chunk.data
+    values = target.cast(chunk.values())
+    return values.view(torch.uint8).numpy().data
+
+
+def _layout(
+    targets: list[Target], path: Path, metadata: dict[str, str]
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The header's bytes, padded with spaces as the format allows, and the tensors' places."""
+    entries: dict[str, object] = {"__metadata__": metadata}
+    position = 0
+    for target in targets:
+        offsets = [position, position + target.bytes]
+        entries[target.name] = {
+            "dtype": target.dtype, "shape": target.shape, "data_offsets": offsets
+        }  # fmt: skip
+        position += target.bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(LENGTH_BYTES + len(text)) % PAGE_BYTES)
+    header = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    tensors, position = {}, len(header)
+    for target in targets:
+        end = position + target.bytes
+        tensors[target.name] = TensorInfo(
+            path, target.name, target.dtype, target.shape, position, end
+        )
+        position = end
+    return header, tensors
+
+
+def _check_space(path: Path, size: int) -> None:
+    """Say that the disk is too small before half an hour of writing, not after."""
+    if not path.parent.is_dir():
+        raise ResourceError(f"the folder {path.parent} does not exist", do="Create it first.")
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise ResourceError(
+            f"the disk is too small for {path}", got=f"{free} bytes free", wanted=size,
+            do="Free some space or choose another disk.",
+        )  # fmt: skip

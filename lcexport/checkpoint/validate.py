@@ -1,0 +1,129 @@
+"""Everything there is to say about a checkpoint folder, sound or not, in one report."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lcexport.checkpoint.checks import tensor_problems
+from lcexport.checkpoint.header import TensorInfo
+from lcexport.checkpoint.layout import COMPONENTS, Layout, Survey, survey
+from lcexport.checkpoint.names import Naming, expected_tensors
+from lcexport.checkpoint.scan import Progress, ScanReport, scan_tensors
+from lcexport.checkpoint.shards import some
+from lcexport.configs.errors import InputError
+
+MAX_DEPTH = 10_000  # beyond it the configuration is nonsense and its tensors are not enumerated
+
+
+@dataclass(frozen=True)
+class DtypeSummary:
+    """How many tensors and bytes one dtype has."""
+
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """The state of a checkpoint. `ok` is: no problems. Missing components are not a problem.
+
+    `nonfinite` lists the tensors with NaN or infinity, None when the weights were not scanned.
+    `shards` maps file names to bytes. `tensors_sha256` is as in a WriteReport, None unscanned.
+    """
+
+    folder: str
+    layout: Layout
+    naming: Naming | None
+    ok: bool
+    problems: list[str]
+    tensors_present: int
+    tensors_expected: int | None
+    parameters: int
+    bytes: int
+    dtypes: dict[str, DtypeSummary]
+    shards: dict[str, int]
+    components_present: list[str]
+    components_missing: list[str]
+    nonfinite: list[str] | None
+    tensors_sha256: str | None
+
+    def to_json(self) -> str:
+        """The report as a JSON document."""
+        return json.dumps(asdict(self), indent=2)
+
+
+def validate(
+    folder: str | Path, *, scan: bool = True, on_progress: Progress | None = None
+) -> ValidationReport:
+    """Check a checkpoint folder and report all that is wrong instead of the first thing.
+
+    Args:
+        folder: the checkpoint, of any layout.
+        scan: also read every weight, for NaN, infinity and unreadable places.
+        on_progress: called with bytes scanned and in total.
+
+    Raises:
+        InputError: there is no checkpoint at all.
+    """
+    found = survey(folder)
+    tensors = found.weights.tensors
+    problems = [str(error) for error in found.errors] + _size_problems(found)
+    # with a shard unread, every tensor of it would look like a contradiction of the configuration
+    if found.config and found.naming and not found.errors:
+        problems += tensor_problems(found.config, found.naming, tensors)
+    scanned = _scan(found, problems, on_progress) if scan else None
+    missing = [name for name in COMPONENTS if name not in found.components]
+    return ValidationReport(
+        folder=str(found.folder),
+        layout=found.layout,
+        naming=found.naming,
+        ok=not problems,
+        problems=problems,
+        tensors_present=len(tensors),
+        tensors_expected=_expected_count(found),
+        parameters=sum(info.count for info in tensors.values()),
+        bytes=sum(info.bytes for info in tensors.values()),
+        dtypes=_dtypes(tensors.values()),
+        shards={path.name: path.stat().st_size for path in found.weights.files if path.is_file()},
+        components_present=list(found.components),
+        components_missing=missing if found.layout != "dit" else [],
+        nonfinite=scanned.nonfinite if scanned else None,
+        tensors_sha256=scanned.tensors_sha256 if scanned else None,
+    )
+
+
+def _scan(found: Survey, problems: list[str], on_progress: Progress | None) -> ScanReport | None:
+    try:
+        report = scan_tensors(found.weights.tensors.values(), on_progress=on_progress)
+    except InputError as error:
+        problems.append(str(error))
+        return None
+    if report.nonfinite:
+        problems.append(
+            f"NaN or infinity in {len(report.nonfinite)} of the tensors: {some(report.nonfinite)}"
+        )
+    return report
+
+
+def _size_problems(found: Survey) -> list[str]:
+    claimed, index = found.weights.total_size, found.weights.index
+    held = sum(info.bytes for info in found.weights.tensors.values())
+    if claimed is None or claimed == held:
+        return []
+    return [f"{index} claims a total_size of {claimed} bytes, the shards hold {held}"]
+
+
+def _expected_count(found: Survey) -> int | None:
+    if not found.config or not found.naming or found.config.depth > MAX_DEPTH:
+        return None
+    return len(expected_tensors(found.config, found.naming))
+
+
+def _dtypes(tensors: Iterable[TensorInfo]) -> dict[str, DtypeSummary]:
+    counts, sizes = Counter(), Counter()
+    for info in tensors:
+        counts[info.dtype] += 1
+        sizes[info.dtype] += info.bytes
+    return {dtype: DtypeSummary(counts[dtype], sizes[dtype]) for dtype in sorted(counts)}

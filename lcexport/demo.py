@@ -1,0 +1,162 @@
+"""A small but complete checkpoint in the released layout: every component, random weights.
+
+It exercises the whole product in seconds on a processor. Nothing is trained: its videos are
+textures, and show that the pieces fit, not what the model can paint.
+"""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lcexport.builder.staging import refuse_occupied
+from lcexport.checkpoint import expected_tensors
+from lcexport.configs.dit import DiTConfig
+from lcexport.engines.files import resource_errors
+
+SEED = 7
+CONFIG = DiTConfig(
+    hidden_size=256,
+    depth=4,
+    num_heads=2,
+    caption_channels=64,
+    adaln_tembed_dim=64,
+    text_tokens_zero_pad=True,
+)
+SHARDS = 2
+PIECES = "▁ " + "".join(chr(code) for code in range(33, 127))
+
+
+def make_demo_checkpoint(folder: Path) -> None:
+    """Write the checkpoint to `folder`, which must be free; the same bytes every time.
+
+    Raises:
+        ResourceError: the folder is not empty, or cannot be written.
+    """
+    refuse_occupied(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    with resource_errors(folder), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        temporary.mkdir(parents=True)
+        try:
+            write_dit(temporary / "dit")
+            write_text_encoder(temporary / "text_encoder")
+            write_tokenizer(temporary / "tokenizer")
+            write_vae(temporary / "vae")
+            write_scheduler(temporary / "scheduler")
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_dit(folder: Path) -> None:
+    """Original names, float32, in shards with an index, as released."""
+    folder.mkdir()
+    config = {
+        "_class_name": "LongCatVideoTransformer3DModel",
+        **CONFIG.model_dump(mode="json"),
+        "enable_bsa": False,
+        "bsa_params": None,
+        "cp_split_hw": None,
+    }
+    write_json(folder / "config.json", config)
+    tensors = {
+        name: random_weight(name, shape)
+        for name, shape in expected_tensors(CONFIG, "original").items()
+    }
+    names = list(tensors)
+    share = math.ceil(len(names) / SHARDS)
+    weight_map = {}
+    for shard in range(SHARDS):
+        file = f"diffusion_pytorch_model-{shard + 1:05d}-of-{SHARDS:05d}.safetensors"
+        part = {name: tensors[name] for name in names[shard * share : (shard + 1) * share]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / "diffusion_pytorch_model.safetensors.index.json", index)
+
+
+def random_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Norm weights near one, biases near zero, matrices that keep the variance."""
+    if "norm" in name and name.endswith(".weight"):
+        return 1 + 0.1 * torch.randn(shape)
+    if len(shape) == 1:
+        return 0.02 * torch.randn(shape)
+    return torch.randn(shape) / math.sqrt(math.prod(shape[1:]))
+
+
+def write_text_encoder(folder: Path) -> None:
+    """A UMT5 encoder of two layers."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(
+        vocab_size=len(PIECES) + 3,
+        d_model=CONFIG.caption_channels,
+        d_kv=16,
+        d_ff=96,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    UMT5EncoderModel(config).save_pretrained(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One token per printable character, and T5's special tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import Unigram
+    from tokenizers.pre_tokenizers import Metaspace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    tokenizer = Tokenizer(Unigram([*special, *((piece, -1.0) for piece in PIECES)], unk_id=2))
+    tokenizer.pre_tokenizer = Metaspace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+
+
+def write_vae(folder: Path) -> None:
+    """A Wan VAE of 16 base channels with the released strides: 8 x 8 pixels, 4 frames."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    vae = AutoencoderKLWan(
+        base_dim=16,
+        z_dim=16,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        attn_scales=[],
+        temperal_downsample=[False, True, True],
+    )
+    vae.save_pretrained(folder)
+
+
+def write_scheduler(folder: Path) -> None:
+    """The released schedule: flow matching, shift 12."""
+    folder.mkdir()
+    config = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 12.0,
+        "use_dynamic_shifting": False,
+    }
+    write_json(folder / "scheduler_config.json", config)
+
+
+def write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", "utf-8")

@@ -1,0 +1,274 @@
+"""Proof that a finished graph computes what must be float32 in float32, in every layer.
+
+The graph's dtypes alone decide what an engine computes (strong typing), so the proof is about
+dtypes. They are inferred anew by ONNX's own type inference, from the inputs and the initialisers
+of each call; what the exporter wrote down is not believed. Then, per function:
+
+1. Flow: whatever the timestep, the modulation or the RoPE tables reach is float32, up to the Cast
+   that leaves the island. A gate's sum, for one, cannot be bfloat16.
+2. Norms: every normalisation and every root, power, mean, sine or cosine is float32 inside.
+3. Products: a product with an island's weight is float32; every other product, and attention, is
+   in the bulk dtype.
+4. Weights are used as they are stored: never cast, transposed or copied.
+5. Counts: the islands' exits and the products are as many as the model has, so nothing that should
+   have been checked is missing.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx.shape_inference import infer_shapes
+
+from lcexport.checkpoint import is_island
+from lcexport.configs.errors import BuildError
+
+FLOAT = ir.DataType.FLOAT
+BULK = {torch.float32: FLOAT, torch.bfloat16: ir.DataType.BFLOAT16}
+FLOATING = frozenset({FLOAT, ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
+NORM_OPS = frozenset(
+    {"LayerNormalization", "ReduceMean", "Pow", "Sqrt", "Reciprocal", "Cos", "Sin", "Exp"}
+)
+PRODUCTS = frozenset({"Gemm", "MatMul", "Conv"})
+WEIGHT_USERS = frozenset({"Gemm", "LayerNormalization", "Mul", "Reshape"})
+ISLAND_INPUTS = ("time", "cos", "sin")
+FUNCTIONS = ("Embed", "Block", "Final")
+
+Signature = tuple[tuple[ir.DataType, tuple[int, ...]], ...]
+Dtypes = Mapping[str, ir.DataType]
+
+
+@dataclass
+class Finding:
+    """What was checked in one function, as counts."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    outputs: Signature = ()
+
+
+def prove_precision(model: ir.Model, bulk: torch.dtype, *, attentions: int = 2) -> dict[str, int]:
+    """Check the whole graph and return what was proved, as totals over all layers.
+
+    Args:
+        model: a graph made by `onnx_from_dit`, as saved.
+        bulk: the dtype of attention and of the large products.
+        attentions: attention layers per block: 2, or 3 with conditioning latents.
+
+    Raises:
+        BuildError: an operation breaks the policy; the message names function and node.
+    """
+    known: dict[str, tuple[ir.DataType, tuple[int, ...]]] = {}
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        known[str(value.name)] = described(value)
+    proved: dict[tuple[str, Signature], Finding] = {}
+    totals: Counter[str] = Counter()
+    for node in model.graph:
+        function = model.functions.get(node.op_identifier())
+        if function is None or node.op_type not in FUNCTIONS:
+            raise BuildError(f"the main graph may only call {FUNCTIONS}: {node.op_type}")
+        signature = tuple(known[str(value.name)] for value in node.inputs if value is not None)
+        key = (node.op_type, signature)
+        if key not in proved:
+            proved[key] = check_function(function, signature, BULK[bulk], attentions)
+        finding = proved[key]
+        totals.update(finding.counts)
+        totals[f"calls_of_{node.op_type.lower()}"] += 1
+        known.update(zip((str(o.name) for o in node.outputs), finding.outputs, strict=True))
+    velocity = known[str(model.graph.outputs[0].name)][0]
+    require(velocity == FLOAT, "the velocity is not float32", velocity)
+    return dict(sorted(totals.items()))
+
+
+def check_function(
+    function: ir.Function, signature: Signature, bulk: ir.DataType, attentions: int
+) -> Finding:
+    """Apply the five rules to one function called with inputs of these types."""
+    types = inferred_types(function, signature)
+    dtypes = {name: dtype for name, (dtype, _) in types.items()}
+    finding = Finding(outputs=tuple(types[str(output.name)] for output in function.outputs))
+    starts = island_starts(function, dtypes, bulk)
+    finding.counts["island_exits"] = follow_islands(function, starts, dtypes)
+    for node in function:
+        check_norm(function, node, dtypes, finding.counts)
+        check_product(function, node, dtypes, bulk, finding.counts)
+    check_weights(function)
+    check_counts(function, finding.counts, bulk, attentions)
+    return finding
+
+
+def inferred_types(
+    function: ir.Function, signature: Signature
+) -> dict[str, tuple[ir.DataType, tuple[int, ...]]]:
+    """Type and shape of every value, inferred by ONNX from the inputs' alone."""
+    proto = ir.to_proto(ir.Model(function.graph, ir_version=11))
+    del proto.graph.value_info[:]
+    for value, (dtype, shape) in zip(proto.graph.input, signature, strict=True):
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, int(dtype), shape))
+    for value in proto.graph.output:
+        value.ClearField("type")
+    inferred = infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True).graph
+    types = {}
+    for value in [*inferred.input, *inferred.value_info, *inferred.output]:
+        tensor = value.type.tensor_type
+        shape = tuple(dim.dim_value for dim in tensor.shape.dim)
+        types[value.name] = (ir.DataType(tensor.elem_type), shape)
+    return types
+
+
+def island_starts(function: ir.Function, dtypes: Dtypes, bulk: ir.DataType) -> list[ir.Value]:
+    """The values whose consequences must be float32: time and RoPE tables, or the timestep.
+
+    The timestep may be rounded to the bulk dtype and widened again, as the original does, before
+    anything is computed from it; nothing else may happen to it below float32.
+    """
+    starts = [value for value in function.inputs if value.name in ISLAND_INPUTS]
+    for value in function.inputs:
+        if value.name == "timestep":
+            rounded = value
+            while bulk != FLOAT and (node := only_user(rounded)).op_type in ("Cast", "Reshape"):
+                rounded = node.outputs[0]
+                if dtypes[str(rounded.name)] == FLOAT and node.op_type == "Cast":
+                    break
+            starts.append(rounded)
+    for value in starts:
+        require(dtypes[str(value.name)] == FLOAT, f"{function.name}: {value.name}", value.name)
+    return starts
+
+
+def follow_islands(function: ir.Function, starts: list[ir.Value], dtypes: Dtypes) -> int:
+    """Walk forward from `starts`; count the Casts that leave the islands. All else is float32."""
+    exits, seen, pending = 0, set(starts), list(starts)
+    while pending:
+        for node, _ in pending.pop().uses():
+            results = [dtypes[str(output.name)] for output in node.outputs]
+            if node.op_type == "Cast" and results[0] != FLOAT:
+                exits += 1
+                continue
+            named = [dtypes[str(v.name)] for v in node.inputs if v is not None]
+            low = [dtype for dtype in [*named, *results] if dtype in FLOATING and dtype != FLOAT]
+            require(not low, f"{function.name}: {node.op_type} {node.name} is in an island", low)
+            fresh = [output for output in node.outputs if output not in seen]
+            seen.update(fresh)
+            pending.extend(fresh)
+    return exits
+
+
+def check_norm(function: ir.Function, node: ir.Node, dtypes: Dtypes, counts: Counter[str]) -> None:
+    """Normalisations and the functions they are made of are float32 in and out."""
+    if node.op_type not in NORM_OPS:
+        return
+    used = [dtypes[str(value.name)] for value in [*node.inputs, *node.outputs] if value is not None]
+    low = [dtype for dtype in used if dtype in FLOATING and dtype != FLOAT]
+    require(not low, f"{function.name}: {node.op_type} {node.name} is not float32", low)
+    if node.op_type == "LayerNormalization":
+        stash = node.attributes.get_int("stash_type", 1)
+        require(stash == 1, f"{function.name}: {node.name} keeps its moments in", stash)
+        counts["layer_norms_fp32"] += 1
+    if node.op_type == "ReduceMean":
+        counts["rms_norms_fp32"] += 1
+
+
+def check_product(
+    function: ir.Function,
+    node: ir.Node,
+    dtypes: Dtypes,
+    bulk: ir.DataType,
+    counts: Counter[str],
+) -> None:
+    """Attention is in the bulk dtype; a Gemm's dtype is its weight's, by the policy."""
+    if node.op_type == "Attention":
+        used = {dtypes[str(value.name)] for value in node.inputs[:3] if value is not None}
+        require(used == {bulk}, f"{function.name}: attention {node.name}", sorted(used))
+        counts["attentions_bulk"] += 1
+    elif node.op_type in PRODUCTS:
+        require(node.op_type == "Gemm", f"{function.name}: a product is not a Gemm", node.name)
+        weight = stored_name(node.inputs[1])
+        wanted = FLOAT if is_island(full_name(function, weight)) else bulk
+        used = {dtypes[str(value.name)] for value in node.inputs if value is not None}
+        require(used == {wanted}, f"{function.name}: the product with {weight}", sorted(used))
+        island = is_island(full_name(function, weight))
+        counts["products_fp32" if island else "products_bulk"] += 1
+
+
+def check_weights(function: ir.Function) -> None:
+    """Every parameter goes straight into the operation that uses its bytes as stored."""
+    for value in function.inputs:
+        if value.name is None or not value.name.endswith((".weight", ".bias")):
+            continue
+        users = [node for node, _ in value.uses()]
+        require(bool(users), f"{function.name}: the weight {value.name} is unused", None)
+        for node in users:
+            require(
+                node.op_type in WEIGHT_USERS,
+                f"{function.name}: the weight {value.name} is changed before its use",
+                node.op_type,
+            )
+            if node.op_type == "Gemm" and node.inputs[1] is value:
+                as_stored = node.attributes.get_int("transB", 0) == 1
+                require(as_stored, f"{function.name}: {value.name} is not used as stored", "transB")
+
+
+def check_counts(
+    function: ir.Function, counts: Counter[str], bulk: ir.DataType, attentions: int
+) -> None:
+    """The function holds as many islands, norms and products as the model has there."""
+    expected = {
+        "Embed": {"products_bulk": 3, "products_fp32": 2},
+        "Block": {
+            "products_bulk": 11,
+            "products_fp32": 1,
+            "attentions_bulk": attentions,
+            "layer_norms_fp32": 3,
+            "rms_norms_fp32": 4,
+            # two modulations, two gates, and RoPE on q and on k
+            "island_exits": 6,
+        },
+        "Final": {"products_fp32": 2, "layer_norms_fp32": 1, "island_exits": 1},
+    }[function.name]
+    if bulk == FLOAT:
+        expected.pop("island_exits", None)  # one dtype throughout: nothing leaves an island
+    found = {name: number for name, number in counts.items() if number and name in expected}
+    require(found == expected, f"{function.name}: another number of checked operations", found)
+
+
+def described(value: ir.Value) -> tuple[ir.DataType, tuple[int, ...]]:
+    """Dtype and shape of an input or initialiser of the main graph."""
+    if value.dtype is None or value.shape is None:
+        raise BuildError(f"{value.name} has no type or shape")
+    return value.dtype, tuple(int(dim) for dim in value.shape.numpy())
+
+
+def only_user(value: ir.Value) -> ir.Node:
+    """The single node that uses `value`."""
+    users = [node for node, _ in value.uses()]
+    require(len(users) == 1, f"{value.name} has several users before it is rounded", len(users))
+    return users[0]
+
+
+def stored_name(value: ir.Value | None) -> str:
+    """Name of the parameter behind a Gemm's weight, looking through a Reshape."""
+    assert value is not None
+    node = value.producer()
+    if node is not None and node.op_type == "Reshape":
+        return stored_name(node.inputs[0])
+    return str(value.name)
+
+
+def full_name(function: ir.Function, parameter: str) -> str:
+    """Native name of a parameter; a block's are those of the first block."""
+    return {"Block": "blocks.0.", "Final": "final_layer.", "Embed": ""}[function.name] + parameter
+
+
+def require(holds: bool, what: str, got: object) -> None:
+    """Raise BuildError where the policy does not hold."""
+    if not holds:
+        values: Iterable[object] = got if isinstance(got, list) else [got]
+        shown = ", ".join(v.name if isinstance(v, ir.DataType) else str(v) for v in values)
+        raise BuildError(
+            f"the graph breaks the precision policy: {what}",
+            got=shown,
+            do="This is a fault of the exporter, not of the checkpoint: please report it.",
+        )

@@ -1,0 +1,138 @@
+"""From an engine of a fixed batch to the guided velocity of any number of samples.
+
+B samples, R rows (one per sample and branch), E the engine's batch, T latent frames.
+"""
+
+import torch
+
+from lcexport.configs.errors import IncompatibleError, UsageError
+from lcexport.engines import Engine, TensorSpec
+from lcexport.runtime.cancel import CancelToken
+from lcexport.runtime.guidance import cfg_zero
+from lcexport.runtime.text import Text
+
+
+class Denoiser:
+    """Computes velocities for one prompt (or one batch of prompts) on one engine.
+
+    Rows are ordered [negative, positive] sample by sample and fed E at a time; where the last
+    call would be partly empty its row is repeated. Without guidance there is no negative row.
+
+    Args:
+        engine: not owned, not closed.
+        positive: B encoded prompts.
+        negative: B encoded negative prompts; needed when `scale` exceeds 1.
+        scale: guidance scale, at least 1; at exactly 1 one branch is computed.
+        cancel: looked at before every call of the engine.
+
+    Raises:
+        UsageError: the text does not fit the engine, or guidance without negative prompts.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        positive: Text,
+        negative: Text | None = None,
+        scale: float = 1.0,
+        cancel: CancelToken | None = None,
+    ) -> None:
+        if scale > 1 and negative is None:
+            raise UsageError("guidance needs a negative prompt, even an empty one", got=scale)
+        branches = [negative, positive] if negative is not None and scale > 1 else [positive]
+        self._engine, self._scale = engine, scale
+        self._cancel = cancel or CancelToken()
+        self._branches, self._samples = len(branches), len(positive.embeds)
+        self._text = interleave([text.to(engine.device) for text in branches])
+        check_text(engine, self._text)
+        # One set of buffers for every call: the engine may keep their addresses.
+        self._inputs = {spec.name: buffer(spec, engine.device) for spec in engine.inputs}
+        self._outputs = {spec.name: buffer(spec, engine.device) for spec in engine.outputs}
+        rows = self._samples * self._branches
+        shape = self._outputs["velocity"].shape[1:]
+        self._velocity = torch.empty(rows, *shape, device=engine.device)
+
+    def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """The guided velocity x0 - noise, float32 [B, 16, T, H, W], on the engine's device.
+
+        Args:
+            latents: float32 [B, 16, T, H, W].
+            timestep: [B], or [B, T] where frames differ; on the 0..1000 scale.
+
+        The result may be overwritten by the next call.
+
+        Raises:
+            UsageError: the latents do not fit the engine.
+            Cancelled: the token was set.
+        """
+        latents_BCTHW = latents.to(self._engine.device)
+        self._check_latents(latents_BCTHW)
+        frames = latents_BCTHW.shape[2]
+        timestep_BT = timestep.to(self._engine.device, torch.float32)
+        if timestep_BT.dim() == 1:
+            timestep_BT = timestep_BT[:, None].expand(-1, frames)
+        rows, engine_batch = len(self._velocity), len(self._inputs["hidden_states"])
+        for first in range(0, rows, engine_batch):
+            self._cancel.check()
+            self._fill(latents_BCTHW, timestep_BT, first)
+            self._engine.run(self._inputs, self._outputs)
+            part = self._velocity[first : first + engine_batch]
+            part.copy_(self._outputs["velocity"][: len(part)])
+        if self._branches == 1:
+            return self._velocity
+        return cfg_zero(self._velocity[1::2], self._velocity[0::2], self._scale)
+
+    def _fill(self, latents_BCTHW: torch.Tensor, timestep_BT: torch.Tensor, first: int) -> None:
+        """Copy the rows `first`, `first` + 1, ... into the engine's input buffers."""
+        last = len(self._velocity) - 1
+        for slot in range(len(self._inputs["hidden_states"])):
+            row = min(first + slot, last)
+            sample = row // self._branches
+            self._inputs["hidden_states"][slot].copy_(latents_BCTHW[sample])
+            self._inputs["timestep"][slot].copy_(timestep_BT[sample])
+            self._inputs["encoder_hidden_states"][slot].copy_(self._text.embeds[row])
+            self._inputs["encoder_attention_mask"][slot].copy_(self._text.mask[row])
+
+    def _check_latents(self, latents_BCTHW: torch.Tensor) -> None:
+        # copy_ would broadcast a wrong shape in silence
+        wanted = [self._samples, *self._inputs["hidden_states"].shape[1:]]
+        if list(latents_BCTHW.shape) != wanted:
+            raise UsageError(
+                "the latents do not fit the engine", got=list(latents_BCTHW.shape), wanted=wanted
+            )
+
+
+def interleave(branches: list[Text]) -> Text:
+    """Rows sample by sample: [negative 0, positive 0, negative 1, positive 1, ...]."""
+    embeds = torch.stack([text.embeds for text in branches], 1).flatten(0, 1)
+    mask = torch.stack([text.mask for text in branches], 1).flatten(0, 1)
+    return Text(embeds, mask)
+
+
+def buffer(spec: TensorSpec, device: torch.device) -> torch.Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device=device)
+
+
+def input_spec(engine: Engine, name: str) -> TensorSpec:
+    """The engine's input of that name; IncompatibleError where it has none."""
+    for spec in engine.inputs:
+        if spec.name == name:
+            return spec
+    raise IncompatibleError(
+        f"the engine has no input {name}", got=[spec.name for spec in engine.inputs]
+    )
+
+
+def check_text(engine: Engine, text: Text) -> None:
+    """Raise UsageError unless rows of `text` fit the engine's text inputs."""
+    for name, rows in (
+        ("encoder_hidden_states", text.embeds),
+        ("encoder_attention_mask", text.mask),
+    ):
+        wanted = input_spec(engine, name).shape[1:]
+        if tuple(rows.shape[1:]) != wanted:
+            raise UsageError(
+                f"the text does not fit the engine's {name}",
+                got=list(rows.shape[1:]),
+                wanted=list(wanted),
+            )

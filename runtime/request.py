@@ -1,0 +1,137 @@
+"""What a caller asked for, checked and completed with the preset's defaults."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lcexport.configs import Preset
+from lcexport.configs.errors import UsageError
+from lcexport.runtime.schedule import DISTILL_GRID, MAX_STEPS
+from lcexport.runtime.text import clean_prompt
+
+log = logging.getLogger(__name__)
+
+MAX_SEED = 2**63 - 1
+DISTILL_STEPS = 16  # the distilled model's own defaults: few steps, guidance built in
+DISTILL_GUIDANCE = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """B prompts and their sampling. `negatives` is None where there is no guidance."""
+
+    prompts: list[str]
+    negatives: list[str] | None
+    seed: int
+    steps: int
+    guidance_scale: float
+    distill: bool
+
+
+def request_from(
+    preset: Preset,
+    prompt: str | list[str],
+    negative_prompt: str | list[str] | None = None,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    distill: bool = False,
+) -> Request:
+    """Check every argument of `Pipeline.generate` and fill in defaults.
+
+    Raises:
+        UsageError: an argument is out of range, or prompt and negative prompt do not match.
+    """
+    if steps is None:
+        steps = DISTILL_STEPS if distill else preset.steps
+    if guidance_scale is None:
+        guidance_scale = DISTILL_GUIDANCE if distill else preset.guidance_scale
+    check_whole("seed", seed, 0, MAX_SEED)
+    check_whole("steps", steps, 1, DISTILL_GRID if distill else MAX_STEPS)
+    check_guidance(guidance_scale)
+    prompts = check_prompts(prompt)
+    negatives = check_negatives(prompt, negative_prompt, len(prompts))
+    if guidance_scale == 1:
+        if negative_prompt:
+            log.warning("guidance scale 1 means no guidance: the negative prompt is not used")
+        negatives = None
+    return Request(prompts, negatives, seed, steps, float(guidance_scale), distill)
+
+
+def check_prompts(prompt: str | list[str]) -> list[str]:
+    """One or more prompts, none of them empty once cleaned."""
+    if not isinstance(prompt, str | list):
+        raise UsageError("the prompt is not text", got=type(prompt).__name__, wanted="str or list")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not prompts:
+        raise UsageError("no prompt was given", got="an empty list")
+    for number, text in enumerate(prompts, 1):
+        if not clean_prompt(text):
+            which = f" {number} of {len(prompts)}" if len(prompts) > 1 else ""
+            raise UsageError(f"prompt{which} is empty", do="Describe the video in a sentence.")
+    return prompts
+
+
+def check_negatives(
+    prompt: str | list[str], negative: str | list[str] | None, count: int
+) -> list[str]:
+    """One negative prompt per prompt: None means empty, a str is repeated."""
+    if negative is None or isinstance(negative, str):
+        negatives = [negative or ""] * count
+    elif isinstance(prompt, str) or not isinstance(negative, list):
+        raise UsageError(
+            "prompt and negative prompt do not match",
+            got=f"{type(prompt).__name__} and {type(negative).__name__}",
+            wanted="the same kind, or one negative str for all",
+        )
+    else:
+        negatives = negative
+    if len(negatives) != count:
+        raise UsageError(
+            "prompts and negative prompts differ in number", got=f"{count} and {len(negatives)}"
+        )
+    for text in negatives:
+        clean_prompt(text)
+    return negatives
+
+
+def check_whole(name: str, value: int, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise UsageError(f"{name} is out of range", got=repr(value), wanted=f"{least}..{most}")
+
+
+def check_guidance(scale: float) -> None:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise UsageError("guidance_scale is not a finite number", got=repr(scale))
+    if scale < 0:
+        raise UsageError("negative guidance", got=scale, wanted="1 (no guidance) or more")
+    if scale < 1:
+        raise UsageError(
+            "guidance_scale is out of range", got=scale, wanted="1 (no guidance) or more"
+        )
+
+
+def initial_noise(latents: torch.Tensor | None, seed: int, shape: Sequence[int]) -> torch.Tensor:
+    """Noise float32 [B, 16, T, H, W]: the caller's, or drawn once for the batch from `seed`.
+
+    Drawn on the CPU: the same seed then gives the same noise whatever the device.
+
+    Raises:
+        UsageError: the caller's noise has another shape or dtype, or is not finite.
+    """
+    if latents is None:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+    if list(latents.shape) != list(shape) or latents.dtype != torch.float32:
+        raise UsageError(
+            "the initial latents do not fit",
+            got=f"{latents.dtype} {list(latents.shape)}",
+            wanted=f"torch.float32 {list(shape)}",
+        )
+    if not torch.isfinite(latents).all():
+        raise UsageError("the initial latents are not finite")
+    return latents

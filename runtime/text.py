@@ -1,0 +1,186 @@
+"""Prompts to embeddings: cleaning, the tokenizer and the UMT5 encoder. Local files only.
+
+B prompts, L tokens (padding included), C the encoder's width.
+"""
+
+import html
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lcexport.configs.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
+
+log = logging.getLogger(__name__)
+
+MAX_PROMPT_CHARACTERS = 100_000
+
+
+@dataclass(frozen=True)
+class Text:
+    """Encoded prompts: embeds float32 [B, 1, L, C], mask bool [B, L], True on real tokens.
+
+    Rows of padding keep what the encoder gave for them; the DiT does its own masking.
+    """
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+
+    def to(self, device: torch.device) -> "Text":
+        return Text(self.embeds.to(device), self.mask.to(device))
+
+
+class TextEncoder:
+    """The tokenizer and UMT5 encoder of one bundle.
+
+    Args:
+        folder: holds `text_encoder/` and `tokenizer/`.
+        text_tokens: L, the length every prompt is padded or cut to.
+        dtype: what the encoder computes in; its output is widened to float32.
+        device: where the encoder lives.
+
+    Raises:
+        InputError: a file is missing, or the weights do not fit the configuration.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        text_tokens: int = 512,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        folder = Path(folder)
+        self.text_tokens = text_tokens
+        self._tokenizer = load_tokenizer(folder / "tokenizer")
+        self._model: UMT5EncoderModel | None = load_umt5(folder / "text_encoder", dtype, device)
+
+    def encode(self, prompts: list[str]) -> Text:
+        """Clean, tokenise and encode `prompts`; the result is on the encoder's device.
+
+        One prompt at a time, so that a prompt's embedding does not depend on its neighbours,
+        and each different text only once.
+        """
+        once = {text: self._encode_one(text) for text in map(clean_prompt, prompts)}
+        rows = [once[clean_prompt(prompt)] for prompt in prompts]
+        return Text(torch.cat([r.embeds for r in rows]), torch.cat([r.mask for r in rows]))
+
+    def encode_ids(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> Text:
+        """Encode token ids, padding included; mask is nonzero on real tokens."""
+        model = self._opened()
+        ids_BL, mask_BL = ids_BL.to(model.device), mask_BL.to(model.device)
+        with torch.no_grad():
+            hidden_BLC = model(input_ids=ids_BL, attention_mask=mask_BL.long()).last_hidden_state
+        return Text(hidden_BLC.float().unsqueeze(1), mask_BL.bool())
+
+    def to(self, device: torch.device | str) -> "TextEncoder":
+        # the library's stubs take `Module.to` for a function without arguments
+        torch.nn.Module.to(self._opened(), torch.device(device))
+        return self
+
+    def close(self) -> None:
+        """Drop the weights. Harmless when called twice."""
+        self._model = None
+
+    def _opened(self) -> "UMT5EncoderModel":
+        if self._model is None:
+            raise UsageError("the text encoder is closed")
+        return self._model
+
+    def _encode_one(self, text: str) -> Text:
+        self._warn_if_cut(text)
+        tokens = self._tokenizer(
+            [text],
+            padding="max_length",
+            max_length=self.text_tokens,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return self.encode_ids(tokens["input_ids"], tokens["attention_mask"])
+
+    def _warn_if_cut(self, text: str) -> None:
+        # `verbose=False` keeps the tokenizer's own, less precise warning back.
+        used = len(self._tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])
+        if used > self.text_tokens:
+            log.warning(
+                "a prompt has %d tokens: the first %d are used, the rest is ignored",
+                used,
+                self.text_tokens,
+            )
+
+
+def clean_prompt(text: str) -> str:
+    """Mend broken Unicode, undo HTML escapes (two layers), collapse white space.
+
+    Raises:
+        UsageError: not a string, or over 100,000 characters.
+    """
+    import ftfy
+
+    if not isinstance(text, str):
+        raise UsageError("a prompt is not text", got=type(text).__name__, wanted="str")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise UsageError(
+            "the prompt is too long",
+            got=f"{len(text)} characters",
+            wanted=f"at most {MAX_PROMPT_CHARACTERS}",
+            do="The model reads 512 tokens, about 2,000 characters.",
+        )
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing on the terminal; its switch is global and is put back."""
+    from transformers.utils import logging as switch
+
+    drawn = switch.is_progress_bar_enabled()
+    switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            switch.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no usable tokenizer in {folder}: {error}") from error
+
+
+def load_umt5(folder: Path, dtype: torch.dtype, device: torch.device | str) -> "UMT5EncoderModel":
+    from transformers import UMT5EncoderModel
+
+    read: Any = UMT5EncoderModel.from_pretrained
+    try:
+        with no_progress_bar():
+            model, report = read(
+                str(folder),
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError) as error:
+        raise InputError(f"no usable text encoder in {folder}: {error}") from error
+    # The library fills in random numbers for what is missing, and only logs it.
+    if report["missing_keys"]:
+        raise InputError(
+            f"the text encoder in {folder} lacks weights", got=sorted(report["missing_keys"])[:3]
+        )
+    return model.to(device).eval().requires_grad_(False)

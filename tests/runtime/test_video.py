@@ -1,0 +1,99 @@
+"""Videos in memory, as a file, as a contact sheet."""
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from lcexport.configs.errors import ResourceError, UsageError
+from lcexport.runtime import Video
+
+
+def make_video(frames: int = 9, height: int = 32, width: int = 48, fps: float = 8) -> Video:
+    ramp = np.linspace(0, 1, frames, dtype=np.float32)[:, None, None, None]
+    colour = np.array([1.0, 0.5, 0.25], dtype=np.float32)
+    pixels = np.broadcast_to(ramp * colour, (frames, height, width, 3)).copy()
+    return Video(torch.from_numpy(pixels), fps, seed=1)
+
+
+def read_back(path) -> tuple[list[np.ndarray], "av.VideoStream"]:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)], stream
+
+
+def test_to_uint8_rounds_to_nearest():
+    values = [0.0, 0.4 / 255, 0.6 / 255, 1.0, 1.5, -1.0]
+    video = Video(np.array(values, dtype=np.float32).reshape(1, 1, 2, 3), 8)
+    assert video.to_uint8().dtype == np.uint8
+    assert video.to_uint8().ravel().tolist() == [0, 0, 1, 255, 255, 0]
+
+
+def test_a_saved_video_comes_back(tmp_path):
+    video = make_video()
+    path = video.save(tmp_path / "cat.mp4")
+    frames, stream = read_back(path)
+    assert len(frames) == 9
+    assert stream.average_rate == 8
+    assert stream.codec_context.name == "h264"
+    assert stream.codec_context.pix_fmt == "yuv420p"
+    assert int(stream.codec_context.colorspace) == 1  # BT.709
+    error = np.abs(np.stack(frames).astype(int) - video.to_uint8())
+    assert error.max() <= 6
+    assert [p.name for p in tmp_path.iterdir()] == ["cat.mp4"]
+
+
+def test_one_frame_and_a_fractional_rate(tmp_path):
+    frames, stream = read_back(make_video(frames=1, fps=29.97).save(tmp_path / "a.MP4"))
+    assert len(frames) == 1
+    assert stream.average_rate is not None
+    assert abs(float(stream.average_rate) - 29.97) < 1e-3
+
+
+def test_an_existing_file_is_not_overwritten(tmp_path):
+    path = tmp_path / "cat.mp4"
+    path.write_bytes(b"mine")
+    with pytest.raises(ResourceError, match="will not overwrite"):
+        make_video().save(path)
+    assert path.read_bytes() == b"mine"
+
+
+def test_a_failed_save_leaves_nothing(tmp_path):
+    video = Video(np.zeros((2, 0, 0, 3), dtype=np.float32), 8)
+    with pytest.raises(Exception):  # noqa: B017  the encoder's own error
+        video.save(tmp_path / "cat.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["cat.avi", "cat", "cat.mp4.txt"])
+def test_an_unknown_suffix(tmp_path, name):
+    with pytest.raises(UsageError, match=r"wanted \.mp4"):
+        make_video().save(tmp_path / name)
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        make_video().save(tmp_path / "nowhere" / "cat.mp4")
+
+
+def test_odd_sizes_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="33 x 48"):
+        make_video(height=33).save(tmp_path / "cat.mp4")
+
+
+def test_contact_sheet():
+    sheet = make_video().contact_sheet(columns=4, count=8)
+    assert sheet.size == (4 * (48 + 6) + 6, 2 * (32 + 16 + 6) + 6)
+    assert sheet.getpixel((10, 10)) == (0, 0, 0)  # the first frame
+    assert sheet.getpixel((3 * 54 + 10, 54 + 10)) == (255, 128, 64)  # the last
+
+
+def test_contact_sheet_shrinks_large_frames_and_repeats_none():
+    sheet = make_video(frames=2, height=480, width=640).contact_sheet()
+    assert sheet.size == (2 * 326 + 6, 240 + 16 + 6 + 6)
+
+
+@pytest.mark.parametrize("arguments", [{"columns": 0}, {"count": 0}])
+def test_contact_sheet_needs_a_frame(arguments):
+    with pytest.raises(UsageError, match="contact sheet"):
+        make_video().contact_sheet(**arguments)
