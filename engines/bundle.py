@@ -97,6 +97,15 @@ class Manifest(Frozen):
     effective: dict[str, object]
     stages: tuple[StageRecord, ...]
 
+    @property
+    def default_backend(self) -> str:
+        """The first engine the bundle was built with; UsageError where it has none."""
+        if not self.backends:
+            raise UsageError(
+                "the bundle was exported without engines", do="Name one: --backend onnxruntime."
+            )
+        return self.backends[0]
+
 
 class Bundle:
     """An opened bundle: its manifest, and paths that were checked to lie inside it."""

@@ -41,6 +41,15 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+def refuse_existing(*paths: Path) -> None:
+    """Refuse early what `new_file` would refuse after an hour's work."""
+    for path in paths:
+        if path.exists():
+            raise already_there(path)
+        if not path.parent.is_dir():
+            raise ResourceError("no such folder", got=path.parent, do="Create it first.")
+
+
 def publish(temporary: Path, path: Path) -> None:
     """Rename without overwriting: link fails where the name is taken, rename would not."""
     try:

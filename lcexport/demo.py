@@ -94,6 +94,8 @@ def write_text_encoder(folder: Path) -> None:
     """A UMT5 encoder of two layers."""
     from transformers import UMT5Config, UMT5EncoderModel
 
+    from lcexport.runtime.text import no_progress_bar
+
     config = UMT5Config(
         vocab_size=len(PIECES) + 3,
         d_model=CONFIG.caption_channels,
@@ -108,7 +110,8 @@ def write_text_encoder(folder: Path) -> None:
         pad_token_id=0,
         eos_token_id=1,
     )
-    UMT5EncoderModel(config).save_pretrained(folder)
+    with no_progress_bar():
+        UMT5EncoderModel(config).save_pretrained(folder)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -51,6 +51,13 @@ class Video:
             write_mp4(file, self.to_uint8(), Fraction(self.fps).limit_denominator(1001))
         return path
 
+    def save_contact_sheet(self, path: str | Path, columns: int = 4, count: int = 8) -> Path:
+        """Write `contact_sheet` as a new PNG file, whole or not at all."""
+        path = Path(path)
+        with new_file(path) as file:
+            self.contact_sheet(columns, count).save(file, format="PNG")
+        return path
+
     def contact_sheet(self, columns: int = 4, count: int = 8) -> "Image":
         """`count` evenly spaced frames, first and last included, with their times in seconds.
 

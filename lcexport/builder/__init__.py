@@ -8,7 +8,12 @@ run        the stages in order, and the manifest
 memory     what the kernel says of memory
 """
 
-from lcexport.builder.options import BuildOptions, default_model, default_output
+from lcexport.builder.options import (
+    BuildOptions,
+    default_model,
+    default_output,
+    options_from,
+)
 from lcexport.builder.plan import Plan, make_plan, refuse_shortage
 from lcexport.builder.run import BuildProgress, build
 
@@ -20,5 +25,6 @@ __all__ = [
     "default_model",
     "default_output",
     "make_plan",
+    "options_from",
     "refuse_shortage",
 ]

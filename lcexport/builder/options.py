@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lcexport.configs import Preset
-from lcexport.engines import BACKENDS
+from lcexport.configs import Preset, preset_from
+from lcexport.configs.errors import UsageError
+from lcexport.engines import backend_module
 from lcexport.engines.bundle import Islands, Precision
 
 DEFAULT_MODEL = Path("weights/LongCat-Video")
@@ -39,9 +40,10 @@ class BuildOptions(BaseModel):
         names = [preset.name for preset in self.presets]
         if len(set(names)) != len(names):
             raise ValueError(f"a resolution is named twice: {', '.join(names)}")
-        unknown = [name for name in self.backends if name not in BACKENDS]
-        if unknown:
-            raise ValueError(f"unknown backend {unknown[0]!r}; known: {', '.join(BACKENDS)}")
+        if self.add and self.resume:
+            raise ValueError("an addition takes seconds: run --add again, without --resume")
+        for backend in self.backends:
+            backend_module(backend)
         return self
 
     def fingerprint(self) -> dict[str, object]:
@@ -49,12 +51,41 @@ class BuildOptions(BaseModel):
         return self.model_dump(mode="json", exclude={"resume"})
 
 
+def options_from(
+    *,
+    model: Path | None = None,
+    res: str = "480p",
+    output: Path | None = None,
+    backends: str = "onnxruntime",
+    **fields: object,
+) -> BuildOptions:
+    """Options from the command line's words; `res` and `backends` are separated by commas.
+
+    Raises:
+        UsageError: an unknown resolution, backend or value, or options that contradict.
+    """
+    model = model or default_model()
+    presets = tuple(preset_from(name.strip()) for name in res.split(","))
+    engines = tuple(name.strip() for name in backends.split(","))
+    for name in engines:
+        backend_module(name)
+    output = output or default_output(model, presets, str(fields.get("precision", "fp32")))
+    given = {"model": model, "output": output, "presets": presets, "backends": engines, **fields}
+    try:
+        return BuildOptions.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{where}: {message}" if where else message) from error
+
+
 def default_model() -> Path:
     """$LCEXPORT_MODEL, or weights/LongCat-Video."""
     return Path(os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL)
 
 
-def default_output(model: Path, presets: tuple[Preset, ...], precision: Precision) -> Path:
+def default_output(model: Path, presets: tuple[Preset, ...], precision: str) -> Path:
     """bundles/<model>-<resolutions>-<precision>."""
     sizes = "+".join(preset.name for preset in presets)
     return Path("bundles") / f"{model.resolve().name}-{sizes}-{precision}"

@@ -4,14 +4,15 @@ The graph's dtypes alone decide what an engine computes (strong typing), so the 
 dtypes. They are inferred anew by ONNX's own type inference, from the inputs and the initialisers
 of each call; what the exporter wrote down is not believed. Then, per function:
 
-1. Flow: whatever the timestep, the modulation or the RoPE tables reach is float32, up to the Cast
-   that leaves the island. A gate's sum, for one, cannot be bfloat16.
+1. Flow: whatever the timestep, the modulation or the RoPE tables reach is float32, and is used, up
+   to the Cast that leaves the island; what it rounds is a finished sum or a turned pair. A gate's
+   sum, for one, cannot be bfloat16. The timestep itself is rounded before anything else.
 2. Norms: every normalisation and every root, power, mean, sine or cosine is float32 inside.
 3. Products: a product with an island's weight is float32; every other product, and attention, is
    in the bulk dtype.
 4. Weights are used as they are stored: never cast, transposed or copied.
-5. Counts: the islands' exits and the products are as many as the model has, so nothing that should
-   have been checked is missing.
+5. Counts: the roundings, the islands' exits and the products are as many as the model has, so
+   nothing is rounded twice and nothing that should have been checked is missing.
 """
 
 from collections import Counter
@@ -29,9 +30,13 @@ from lcexport.configs.errors import BuildError
 FLOAT = ir.DataType.FLOAT
 BULK = {torch.float32: FLOAT, torch.bfloat16: ir.DataType.BFLOAT16}
 FLOATING = frozenset({FLOAT, ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
+# What may be rounded to the bulk dtype: what leaves an island, and what leaves a norm.
+SUMS = frozenset({"Add", "Concat"})
+NORM_RESULTS = frozenset({"LayerNormalization", "Mul"})
 NORM_OPS = frozenset(
     {"LayerNormalization", "ReduceMean", "Pow", "Sqrt", "Reciprocal", "Cos", "Sin", "Exp"}
 )
+ROUNDED = NORM_RESULTS | SUMS
 PRODUCTS = frozenset({"Gemm", "MatMul", "Conv"})
 WEIGHT_USERS = frozenset({"Gemm", "LayerNormalization", "Mul", "Reshape"})
 ISLAND_INPUTS = ("time", "cos", "sin")
@@ -89,12 +94,13 @@ def check_function(
     types = inferred_types(function, signature)
     dtypes = {name: dtype for name, (dtype, _) in types.items()}
     finding = Finding(outputs=tuple(types[str(output.name)] for output in function.outputs))
+    check_weights(function)
     starts = island_starts(function, dtypes, bulk)
     finding.counts["island_exits"] = follow_islands(function, starts, dtypes)
     for node in function:
         check_norm(function, node, dtypes, finding.counts)
         check_product(function, node, dtypes, bulk, finding.counts)
-    check_weights(function)
+        check_rounding(function, node, dtypes, finding.counts)
     check_counts(function, finding.counts, bulk, attentions)
     return finding
 
@@ -109,7 +115,10 @@ def inferred_types(
         value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, int(dtype), shape))
     for value in proto.graph.output:
         value.ClearField("type")
-    inferred = infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True).graph
+    try:
+        inferred = infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True).graph
+    except onnx.shape_inference.InferenceError as error:
+        raise BuildError(f"{function.name}: its types contradict each other: {error}") from error
     types = {}
     for value in [*inferred.input, *inferred.value_info, *inferred.output]:
         tensor = value.type.tensor_type
@@ -119,32 +128,41 @@ def inferred_types(
 
 
 def island_starts(function: ir.Function, dtypes: Dtypes, bulk: ir.DataType) -> list[ir.Value]:
-    """The values whose consequences must be float32: time and RoPE tables, or the timestep.
-
-    The timestep may be rounded to the bulk dtype and widened again, as the original does, before
-    anything is computed from it; nothing else may happen to it below float32.
-    """
+    """The values whose consequences must be float32: time and RoPE tables, or the timestep."""
     starts = [value for value in function.inputs if value.name in ISLAND_INPUTS]
     for value in function.inputs:
         if value.name == "timestep":
-            rounded = value
-            while bulk != FLOAT and (node := only_user(rounded)).op_type in ("Cast", "Reshape"):
-                rounded = node.outputs[0]
-                if dtypes[str(rounded.name)] == FLOAT and node.op_type == "Cast":
-                    break
-            starts.append(rounded)
+            starts.append(value if bulk == FLOAT else rounded_timestep(function, value, dtypes))
     for value in starts:
         require(dtypes[str(value.name)] == FLOAT, f"{function.name}: {value.name}", value.name)
     return starts
+
+
+def rounded_timestep(function: ir.Function, value: ir.Value, dtypes: Dtypes) -> ir.Value:
+    """The timestep after its rounding: to the bulk dtype and back, before anything is computed."""
+    rounded = False
+    while not rounded or dtypes[str(value.name)] != FLOAT:
+        node = only_user(value)
+        fit = node.op_type in ("Cast", "Reshape")
+        require(fit, f"{function.name}: {node.name} precedes the timestep's rounding", node.op_type)
+        value = node.outputs[0]
+        rounded = rounded or dtypes[str(value.name)] != FLOAT
+    return value
 
 
 def follow_islands(function: ir.Function, starts: list[ir.Value], dtypes: Dtypes) -> int:
     """Walk forward from `starts`; count the Casts that leave the islands. All else is float32."""
     exits, seen, pending = 0, set(starts), list(starts)
     while pending:
-        for node, _ in pending.pop().uses():
+        value = pending.pop()
+        used = bool(value.uses()) or value.is_graph_output()
+        require(used, f"{function.name}: {value.name} is computed and not used", "no user")
+        for node, _ in value.uses():
             results = [dtypes[str(output.name)] for output in node.outputs]
             if node.op_type == "Cast" and results[0] != FLOAT:
+                source = origin(node.inputs[0])
+                fit = source is None or source.op_type in SUMS
+                require(fit, f"{function.name}: {node.name} leaves an island early", source)
                 exits += 1
                 continue
             named = [dtypes[str(v.name)] for v in node.inputs if v is not None]
@@ -193,6 +211,19 @@ def check_product(
         counts["products_fp32" if island else "products_bulk"] += 1
 
 
+def check_rounding(
+    function: ir.Function, node: ir.Node, dtypes: Dtypes, counts: Counter[str]
+) -> None:
+    """What is rounded from float32 is an input, a finished sum, a turned pair or a normed value."""
+    types = [dtypes[str(value.name)] for value in [*node.inputs, *node.outputs] if value]
+    if node.op_type != "Cast" or types[0] != FLOAT or types[1] == FLOAT:
+        return
+    source = origin(node.inputs[0])
+    fit = source is None or source.op_type in ROUNDED
+    require(fit, f"{function.name}: {node.name} rounds too early", source)
+    counts["roundings"] += 1
+
+
 def check_weights(function: ir.Function) -> None:
     """Every parameter goes straight into the operation that uses its bytes as stored."""
     for value in function.inputs:
@@ -216,7 +247,8 @@ def check_counts(
 ) -> None:
     """The function holds as many islands, norms and products as the model has there."""
     expected = {
-        "Embed": {"products_bulk": 3, "products_fp32": 2},
+        # latents, text features and the timestep
+        "Embed": {"products_bulk": 3, "products_fp32": 2, "roundings": 3, "island_exits": 0},
         "Block": {
             "products_bulk": 11,
             "products_fp32": 1,
@@ -225,12 +257,14 @@ def check_counts(
             "rms_norms_fp32": 4,
             # two modulations, two gates, and RoPE on q and on k
             "island_exits": 6,
+            # the same, four head norms and the norm before cross-attention
+            "roundings": 11,
         },
-        "Final": {"products_fp32": 2, "layer_norms_fp32": 1, "island_exits": 1},
+        "Final": {"products_fp32": 2, "layer_norms_fp32": 1, "island_exits": 1, "roundings": 1},
     }[function.name]
     if bulk == FLOAT:
-        expected.pop("island_exits", None)  # one dtype throughout: nothing leaves an island
-    found = {name: number for name, number in counts.items() if number and name in expected}
+        expected |= {"island_exits": 0, "roundings": 0}  # one dtype throughout
+    found = {name: counts[name] for name in expected}
     require(found == expected, f"{function.name}: another number of checked operations", found)
 
 
@@ -246,6 +280,14 @@ def only_user(value: ir.Value) -> ir.Node:
     users = [node for node, _ in value.uses()]
     require(len(users) == 1, f"{value.name} has several users before it is rounded", len(users))
     return users[0]
+
+
+def origin(value: ir.Value | None) -> ir.Node | None:
+    """The node that computed `value`, looking through Reshape; None for an input."""
+    node = None if value is None else value.producer()
+    if node is not None and node.op_type == "Reshape":
+        return origin(node.inputs[0])
+    return node
 
 
 def stored_name(value: ir.Value | None) -> str:
@@ -266,7 +308,8 @@ def require(holds: bool, what: str, got: object) -> None:
     """Raise BuildError where the policy does not hold."""
     if not holds:
         values: Iterable[object] = got if isinstance(got, list) else [got]
-        shown = ", ".join(v.name if isinstance(v, ir.DataType) else str(v) for v in values)
+        named = (ir.DataType, ir.Node)
+        shown = ", ".join(str(v.name) if isinstance(v, named) else str(v) for v in values)
         raise BuildError(
             f"the graph breaks the precision policy: {what}",
             got=shown,

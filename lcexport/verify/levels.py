@@ -1,0 +1,94 @@
+"""The five levels, from the files' hashes to whole videos. Each adds to the ones before it."""
+
+from collections.abc import Iterator
+
+import torch
+
+from lcexport import runtime
+from lcexport.compare import STEP_TOLERANCE, VIDEO_TOLERANCE, difference
+from lcexport.configs.errors import IntegrityError
+from lcexport.engines import open_engine
+from lcexport.engines.bundle import Bundle, check_file
+from lcexport.golden import BRANCHES, read_golden, run_branch
+from lcexport.runtime import StepEvent
+from lcexport.verify.diagnostics import diagnose
+from lcexport.verify.modules import check_modules
+from lcexport.verify.report import Check, compared
+
+PROMPT = "a red circle moves left"
+VIDEO_STEPS = 4
+VIDEO_SEED = 42
+
+
+def hash_level(bundle: Bundle) -> Iterator[Check]:
+    """One row per file that is damaged, or one that says all are whole."""
+    damaged = 0
+    for name, record in bundle.manifest.files.items():
+        try:
+            check_file(bundle.folder / name, record, hashed=True)
+        except IntegrityError as error:
+            damaged += 1
+            yield Check("hash", "", "", name, {}, f"as in the manifest: {error.what}", False)
+    if not damaged:
+        count = float(len(bundle.manifest.files))
+        yield Check("hash", "", "", "all files", {"files": count}, "SHA-256 as manifest", True)
+
+
+def load_level(bundle: Bundle, resolution: str, backend: str, device: str) -> Check:
+    """Open the engine and compare its inputs and outputs with the manifest's."""
+    record = bundle.graph(resolution)
+    recorded = [(t.name, t.shape, t.dtype) for t in (*record.inputs, *record.outputs)]
+    with open_engine(backend, bundle, resolution, device) as engine:
+        specs = (*engine.inputs, *engine.outputs)
+        found = [(s.name, s.shape, str(s.dtype).removeprefix("torch.")) for s in specs]
+    got = {"tensors": float(len(found))}
+    return Check(
+        "load", resolution, backend, "inputs and outputs", got, "as manifest", found == recorded
+    )
+
+
+def module_level(bundle: Bundle, resolution: str) -> Iterator[Check]:
+    """Every call of the graph against its torch module."""
+    yield from check_modules(bundle, resolution, read_golden(bundle, resolution))
+
+
+def step_level(bundle: Bundle, resolution: str, backend: str, device: str) -> Iterator[Check]:
+    """One forward pass per branch against eager's stored velocity, then the six diagnostics."""
+    golden = read_golden(bundle, resolution)
+    tolerance = STEP_TOLERANCE[bundle.manifest.precision]
+    with open_engine(backend, bundle, resolution, device) as engine:
+        velocity = {branch: run_branch(engine, golden, branch) for branch in BRANCHES}
+        for branch, found in velocity.items():
+            error = difference(found, golden[f"velocity_{branch}"])
+            yield compared("step", resolution, backend, f"velocity {branch}", error, tolerance)
+        yield from diagnose(engine, golden, velocity["cond"], velocity["uncond"], resolution)
+
+
+def video_level(
+    bundle: Bundle, resolution: str, backends: tuple[str, ...], device: str
+) -> Iterator[Check]:
+    """A short generation by each backend against eager's: latents step by step, then frames."""
+    tolerance = VIDEO_TOLERANCE[bundle.manifest.precision]
+    wanted = short_video(bundle, resolution, "eager", device)
+    for backend in backends:
+        if backend == "eager":
+            continue
+        found = short_video(bundle, resolution, backend, device)
+        for name, tensor in found.items():
+            error = difference(tensor, wanted[name])
+            yield compared("video", resolution, backend, name, error, tolerance)
+
+
+def short_video(
+    bundle: Bundle, resolution: str, backend: str, device: str
+) -> dict[str, torch.Tensor]:
+    """Latents after each step and the decoded frames of one prompt and seed."""
+    tensors: dict[str, torch.Tensor] = {}
+
+    def keep(event: StepEvent) -> None:
+        tensors[f"latents after step {event.step}"] = event.latents.cpu().clone()
+
+    with runtime.load(bundle.folder, resolution, backend, device) as pipe:
+        video = pipe.generate(PROMPT, seed=VIDEO_SEED, steps=VIDEO_STEPS, on_step=keep)
+    tensors["frames"] = video.frames
+    return tensors

@@ -1,0 +1,93 @@
+"""Each call of the graph on its own, in ONNX Runtime, against the torch module it was traced from.
+
+An error in the whole network says little about where it comes from. Here every call gets the
+inputs that torch's own previous modules produce, so each row is that module's own error.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from lcexport.compare import STEP_TOLERANCE, difference
+from lcexport.dit.layers import rope_axes, rope_grid, timestep_frequencies
+from lcexport.dit.model import LongCatDiT
+from lcexport.eager import dit_from_files
+from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle
+from lcexport.verify.report import Check, compared
+
+BACKEND = "onnxruntime"
+
+
+def check_modules(bundle: Bundle, resolution: str, golden: dict[str, Tensor]) -> Iterator[Check]:
+    """One row for Embed, each block and the final layer.
+
+    ONNX Runtime has no bfloat16 on processors: for such a bundle there is one row that says so.
+    """
+    if bundle.manifest.precision != "fp32":
+        why = "not run: ONNX Runtime computes no bfloat16 on processors"
+        yield Check("module", resolution, BACKEND, "all modules", {}, why, None)
+        return
+    dit = dit_from_files(bundle.path(DIT_CONFIG), bundle.path(WEIGHTS))
+    graph = ir.load(bundle.path(bundle.graph(resolution).file))
+    nodes = list(graph.graph)
+    weights: dict[str, Tensor] = dict(dit.named_parameters())
+    tolerance = STEP_TOLERANCE["fp32"]
+    for node, (inputs, wanted) in zip(nodes, torch_modules(dit, golden), strict=True):
+        got = run_call(graph, node, inputs, weights)
+        for value, found, reference in zip(node.outputs, got, wanted, strict=True):
+            name = str(value.name)
+            yield compared(
+                "module", resolution, BACKEND, name, difference(found, reference), tolerance
+            )
+
+
+def torch_modules(
+    dit: LongCatDiT, golden: dict[str, Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """(inputs, outputs) of each module in order, computed by torch."""
+    latents, text_in = golden["hidden_states"], golden["text_cond"]
+    timestep, mask = golden["timestep"], golden["mask_cond"]
+    geometry = dit.geometry(latents, timestep, 0)
+    frequencies = timestep_frequencies(dit.config.frequency_embedding_size)
+    axes = rope_axes(geometry, dit.config.head_dim)
+    with torch.inference_mode():
+        cos = rope_grid(*(axis.cos() for axis in axes))
+        sin = rope_grid(*(axis.sin() for axis in axes))
+        x, text, time = dit.embed(latents, text_in, timestep, mask, frequencies)
+        text_mask = dit.text_mask(mask)
+        shared = [text, time, cos, sin] + ([] if text_mask is None else [text_mask])
+        yield [latents, text_in, timestep, mask], [x, *shared]
+        for block in dit.blocks:
+            inputs = [x, *shared]
+            x = block(x, text, time, cos, sin, text_mask, geometry)
+            yield inputs, [x]
+        yield [x, time], [dit.final_layer(x, time, geometry)]
+
+
+def run_call(
+    graph: ir.Model, node: ir.Node, activations: list[Tensor], weights: dict[str, Tensor]
+) -> list[Tensor]:
+    """Run one call of the main graph as a model of its own; its weights become inputs."""
+    feeds: dict[str, np.ndarray] = {}
+    inputs = []
+    for index, value in enumerate(node.inputs):
+        assert value is not None
+        name = str(value.name)
+        tensor = activations[index] if index < len(activations) else weights[name]
+        feeds[name] = tensor.detach().numpy()
+        inputs.append(ir.Value(name=name, shape=value.shape, type=value.type))
+    outputs = [ir.Value(name=str(o.name), shape=o.shape, type=o.type) for o in node.outputs]
+    copy = ir.Node(node.domain, node.op_type, inputs, outputs=outputs, name=node.name)
+    alone = ir.Model(
+        ir.Graph(inputs, outputs, nodes=[copy], opset_imports=graph.graph.opset_imports),
+        ir_version=graph.ir_version,
+        functions=[graph.functions[node.op_identifier()]],
+    )
+    session = ort.InferenceSession(
+        ir.to_proto(alone).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return [torch.from_numpy(array) for array in session.run(None, feeds)]
