@@ -77,5 +77,5 @@ class DiTConfig(BaseModel):
             where = ".".join(str(part) for part in first["loc"])
             message = first["msg"].removeprefix("Value error, ")
             raise InputError(f"{path}: {where + ': ' if where else ''}{message}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not JSON: {error}") from error

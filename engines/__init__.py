@@ -24,8 +24,9 @@ from lcexport.configs.errors import UsageError
 if TYPE_CHECKING:
     from lcexport.engines.bundle import Bundle
 
-# Backend -> the module whose `open_engine(bundle, resolution, device)` opens it. Strings, so that
-# a backend's library is imported only when that backend is asked for. `eager` lives on the other
+# Backend -> its module, which has `open_engine(bundle, resolution, device)` and
+# `require(precision, device)`. Strings, so that a backend's library is imported only when that
+# backend is asked for. `eager` lives on the other
 # side of the arrow: it needs the model's code, which the runtime otherwise does without.
 BACKENDS = {
     "onnxruntime": "lcexport.engines.ort",
@@ -87,7 +88,24 @@ def open_engine(backend: str, bundle: "Bundle", resolution: str, device: str = "
         UsageError: no such backend, or the bundle holds no such resolution.
         IncompatibleError: the backend's library or the device is missing; says how to get it.
     """
+    require_backend(backend, bundle.manifest.precision, device)
     return import_module(backend_module(backend)).open_engine(bundle, resolution, device)
+
+
+def require_backend(backend: str, precision: str, device: str) -> None:
+    """Raise unless `backend` can run a bundle of this precision on this device.
+
+    Raises:
+        UsageError: no such backend or device.
+        IncompatibleError: the library, the device or the precision is not to be had here.
+    """
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(
+            "unknown device", got=repr(device), wanted="cpu, cuda or cuda:N"
+        ) from error
+    import_module(backend_module(backend)).require(precision, kind)
 
 
 def backend_module(backend: str) -> str:

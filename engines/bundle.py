@@ -138,6 +138,9 @@ class Bundle:
             IntegrityError: a file is missing, is a link, or differs; names the file.
         """
         for name, record in self.manifest.files.items():
+            for inner in PurePosixPath(name).parents[:-1]:
+                if (self.folder / inner).is_symlink():
+                    raise IntegrityError(f"{self.folder / inner} is a link, not a folder")
             check_file(self.folder / name, record, hashed=every_hash)
 
 
@@ -165,7 +168,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         data = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} is not JSON: {error}", do="Rebuild the bundle.") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:

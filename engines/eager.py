@@ -37,8 +37,10 @@ class EagerEngine:
             raise UsageError("the engine is closed")
         for spec in self.inputs:
             spec.check(inputs[spec.name])
+        output = outputs[self.outputs[0].name]
+        self.outputs[0].check(output)  # copy_ would broadcast and convert in silence
         with torch.inference_mode():
-            outputs[self.outputs[0].name].copy_(self._forward(inputs))
+            output.copy_(self._forward(inputs))
 
     def close(self) -> None:
         """Release the module."""

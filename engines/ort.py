@@ -42,7 +42,6 @@ class OrtEngine:
         options.log_severity_level = ERRORS_ONLY
         providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
         if self.device.type == "cuda":
-            require_cuda()
             self._stream = torch.cuda.Stream(self.device)
             settings = {
                 "device_id": str(self.device.index or 0),
@@ -51,8 +50,6 @@ class OrtEngine:
             providers = [("CUDAExecutionProvider", settings)]
             # An operation CUDA lacks is an error, not a silent trip through the host.
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        elif self.device.type != "cpu":
-            raise UsageError("unknown device for onnxruntime", got=device_name(self.device))
         try:
             return ort.InferenceSession(str(graph), options, providers=providers)
         except Exception as error:  # ONNX Runtime has no common base for its own errors
@@ -102,18 +99,8 @@ class OrtEngine:
 
 
 def open_engine(bundle: Bundle, resolution: str, device: str = "cpu") -> OrtEngine:
-    """Open the bundle's graph for `resolution`.
-
-    Raises:
-        IncompatibleError: the graph's precision or the device is not to be had here.
-    """
+    """Open the bundle's graph for `resolution`."""
     record = bundle.graph(resolution)
-    if bundle.manifest.precision == "bf16" and torch.device(device).type == "cpu":
-        raise IncompatibleError(
-            "ONNX Runtime has no bfloat16 arithmetic on processors",
-            got=f"the bf16 bundle {bundle.folder}",
-            do="Build with --precision fp32, or use --device cuda.",
-        )
     engine = OrtEngine(bundle.path(record.file), device)
     recorded = tuple((tensor.name, tensor.shape) for tensor in record.inputs)
     if recorded != tuple((spec.name, spec.shape) for spec in engine.inputs):
@@ -125,6 +112,22 @@ def open_engine(bundle: Bundle, resolution: str, device: str = "cpu") -> OrtEngi
 def spec_from(argument: ort.NodeArg) -> TensorSpec:
     """The static shape and dtype of a session's input or output."""
     return TensorSpec(argument.name, tuple(argument.shape), TORCH_DTYPES[argument.type])
+
+
+def require(precision: str, device: torch.device) -> None:
+    """See `lcexport.engines.require_backend`."""
+    if device.type == "cuda":
+        require_cuda()
+    elif device.type != "cpu":
+        raise UsageError(
+            "unknown device for onnxruntime", got=repr(str(device)), wanted="cpu, cuda"
+        )
+    elif precision == "bf16":
+        raise IncompatibleError(
+            "ONNX Runtime has no bfloat16 arithmetic on processors",
+            got="precision bf16 on cpu",
+            do="Build with --precision fp32, or use --device cuda.",
+        )
 
 
 def require_cuda() -> None:
@@ -139,7 +142,3 @@ def require_cuda() -> None:
         raise IncompatibleError(
             "torch sees no CUDA device", do="Install a CUDA build of torch, or use --device cpu."
         )
-
-
-def device_name(device: torch.device) -> str:
-    return repr(str(device))

@@ -21,6 +21,14 @@ def open_engine(bundle: Bundle, resolution: str, device: str = "cpu") -> EagerEn
     return eager_engine(dit, record, device)
 
 
+def require(precision: str, device: torch.device) -> None:
+    """See `lcexport.engines.require_backend`; torch computes both precisions everywhere."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise IncompatibleError(
+            "torch sees no CUDA device", do="Install a CUDA build of torch, or use --device cpu."
+        )
+
+
 def eager_engine(dit: LongCatDiT, record: GraphRecord, device: str = "cpu") -> EagerEngine:
     """`dit` as an engine with the inputs and outputs of a graph."""
 
@@ -36,8 +44,4 @@ def eager_engine(dit: LongCatDiT, record: GraphRecord, device: str = "cpu") -> E
 
 def dit_from_files(config: Path, weights: Path, device: str = "cpu") -> LongCatDiT:
     """The native DiT over a bundle's weights file, in the precision that file holds."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise IncompatibleError(
-            "torch sees no CUDA device", do="Install a CUDA build of torch, or use --device cpu."
-        )
     return dit_from_tensors(DiTConfig.from_json(config), load_file(weights, device=device))

@@ -12,7 +12,7 @@ from lcexport.engines import Engine
 from lcexport.engines.bundle import Bundle
 
 SEED = 20_480
-TIMESTEP = 750.0  # exact in bfloat16, so that rounding it is no difference
+TIMESTEP = 752.0  # exact in bfloat16, so that rounding it is no difference
 PROMPT_TOKENS = {"cond": 24, "uncond": 1}  # an empty prompt is its end-of-sequence token
 BRANCHES = tuple(PROMPT_TOKENS)
 

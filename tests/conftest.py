@@ -1,13 +1,23 @@
-"""Fixtures: the golden cases, and a tiny checkpoint in the released folder layout."""
+"""Fixtures: the golden cases, tiny checkpoints, graphs and a bundle made of them."""
 
 import json
 import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from lcexport.builder import BuildOptions, build
+from lcexport.checkpoint import open_checkpoint, read_header, write_native
+from lcexport.configs import preset_from
+from lcexport.demo import make_demo_checkpoint
+from lcexport.dit import Geometry
+from lcexport.graph import GraphSpec, onnx_from_dit, save_graph
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -50,3 +60,89 @@ def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(case / "config.json", folder / "config.json")
     shutil.copy(case / "transformer.safetensors", folder / "diffusion_pytorch_model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_weights(
+    dit_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """`make_weights("bf16")` is the golden DiT in a bundle's one weights file."""
+
+    @cache
+    def make(bulk: str) -> Path:
+        path = tmp_path_factory.mktemp(bulk) / "dit.safetensors"
+        write_native(open_checkpoint(dit_folder), path, bulk=bulk)  # pyright: ignore[reportArgumentType]
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_graph(dit_folder: Path, make_weights: Callable[[str], Path]) -> Callable[..., Path]:
+    """`make_graph("bf16", cond=1)` writes a graph of the golden DiT beside its weights, once."""
+    config = open_checkpoint(dit_folder).config
+
+    @cache
+    def make(
+        bulk: str = "fp32",
+        *,
+        zero_pad: bool = True,
+        batch: int = 2,
+        frames: int = 3,
+        cond: int = 0,
+        text_tokens: int = 10,
+    ) -> Path:
+        weights = make_weights(bulk)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[bulk]
+        spec = GraphSpec(Geometry(batch, frames, 4, 6, cond), text_tokens, dtype)
+        path = weights.with_name(f"{zero_pad}-{batch}-{frames}-{cond}-{text_tokens}.onnx")
+        masked = config.model_copy(update={"text_tokens_zero_pad": zero_pad})
+        save_graph(onnx_from_dit(masked, spec, read_header(weights).tensors, "0"), path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint: every component, small. Read only."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    make_demo_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_options(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BuildOptions:
+    """What `demo_bundle` was built with."""
+    output = tmp_path_factory.mktemp("bundles") / "bundle"
+    return BuildOptions(model=demo_checkpoint, output=output, presets=(preset_from("64x96x9"),))
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(demo_options: BuildOptions) -> Path:
+    """A bundle of the demo checkpoint at 64x96x9, float32, for ONNX Runtime. Read only."""
+    build(demo_options)
+    return demo_options.output
+
+
+@pytest.fixture
+def mount_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`mount_disk("size=1m")` is a real file system, where this process may mount one."""
+    disks: list[Path] = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / f"disk{len(disks)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            pytest.skip(f"no mount command: {error}")
+        if done.returncode:
+            pytest.skip(f"may not mount a tmpfs: {done.stderr.strip()}")
+        disks.append(folder)
+        return folder
+
+    yield mount
+    for folder in disks:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -50,6 +50,11 @@ class BuildOptions(BaseModel):
         """What must be equal for a build to be resumed: everything but `resume` itself."""
         return self.model_dump(mode="json", exclude={"resume"})
 
+    def effective(self) -> dict[str, object]:
+        """What the manifest records: everything but where this machine keeps its folders."""
+        own = self.model_dump(mode="json", exclude={"resume", "add", "output"})
+        return {**own, "model": self.model.name}
+
 
 def options_from(
     *,

@@ -14,6 +14,7 @@ from lcexport.builder.stages import (
     golden_stage,
     graph_name,
     graph_stage,
+    require_components,
     source_identity,
     versions,
     weights_stage,
@@ -21,6 +22,7 @@ from lcexport.builder.stages import (
 from lcexport.builder.staging import Addition, DoneStage, NewBundle, StageOutput, Workplace
 from lcexport.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from lcexport.configs.errors import UsageError
+from lcexport.engines import require_backend
 from lcexport.engines.bundle import (
     Bundle,
     FileRecord,
@@ -49,6 +51,7 @@ def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bu
     report = on_progress or (lambda stage, done, total: None)
     checkpoint = open_checkpoint(options.model)
     check_tensors(checkpoint)
+    check_environment(checkpoint, options)
     refuse_shortage(make_plan(checkpoint, options))
     old = None
     place: Workplace
@@ -89,10 +92,11 @@ def run_stages(
                 checkpoint, options, place.folder, lambda d, t: report("weights", d, t)
             ),
         )
-        copied = run("components", lambda: components_stage(checkpoint, options, place.folder))
+        copied = run("components", lambda: components_stage(checkpoint, place.folder))
         manifest = first_manifest(options, version, [converted, copied])
     else:
-        manifest = old
+        engines = dict.fromkeys(old.backends + (options.backends if options.only == "all" else ()))
+        manifest = old.model_copy(update={"backends": tuple(engines)})
     for preset in options.presets:
         graph = run(
             f"graph:{preset.name}",
@@ -140,7 +144,7 @@ def first_manifest(
         files=files,
         versions=version,
         device=options.device,
-        effective=options.fingerprint(),
+        effective=options.effective(),
         stages=tuple(done.record for done in stages),
     )
 
@@ -154,6 +158,14 @@ def grown(manifest: Manifest, stages: list[DoneStage], record: GraphRecord) -> M
         records.append(done.record)
     graphs = {**manifest.graphs, record.preset.name: record}
     return manifest.model_copy(update={"files": files, "stages": tuple(records), "graphs": graphs})
+
+
+def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:
+    """Refuse now what a later stage would refuse after an hour: components, device, backends."""
+    if options.only == "all":
+        require_components(checkpoint)
+        for backend in options.backends:
+            require_backend(backend, options.precision, options.device)
 
 
 def check_addition(manifest: Manifest, options: BuildOptions) -> None:

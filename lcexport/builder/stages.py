@@ -67,22 +67,28 @@ def weights_stage(
     return StageOutput(files=files, facts={"source": source.model_dump()})
 
 
-def components_stage(checkpoint: Checkpoint, options: BuildOptions, folder: Path) -> StageOutput:
+def components_stage(checkpoint: Checkpoint, folder: Path) -> StageOutput:
     """Text encoder, tokenizer, VAE and scheduler, copied and digested in one pass."""
+    files: dict[str, FileRecord] = {}
+    for component, source in checkpoint.components.items():
+        for path in sorted(source.rglob("*")):
+            relative = Path(component) / path.relative_to(source)
+            if path.is_symlink() and not path.exists():
+                raise InputError(f"{path} is a link to nothing", do="Complete the download.")
+            if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+                files[relative.as_posix()] = copy_hashed(path, folder / relative)
+    return StageOutput(files=files)
+
+
+def require_components(checkpoint: Checkpoint) -> None:
+    """A bundle that generates needs more than the DiT; InputError names what is missing."""
     missing = [name for name in COMPONENTS if name not in checkpoint.components]
-    if missing and options.only == "all":
+    if missing:
         raise InputError(
             f"the checkpoint {checkpoint.folder} has no {', '.join(missing)}",
             wanted=f"folders {', '.join(COMPONENTS)} beside the DiT",
             do="Complete the download, or export the DiT alone with --only export.",
         )
-    files: dict[str, FileRecord] = {}
-    for component, source in checkpoint.components.items():
-        for path in sorted(source.rglob("*")):
-            relative = Path(component) / path.relative_to(source)
-            if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-                files[relative.as_posix()] = copy_hashed(path, folder / relative)
-    return StageOutput(files=files)
 
 
 def graph_stage(preset: Preset, options: BuildOptions, folder: Path, producer: str) -> StageOutput:
@@ -173,7 +179,11 @@ def copy_hashed(source: Path, target: Path) -> FileRecord:
     """Copy a file, following links, and digest it on the way."""
     digest, size = hashlib.sha256(), 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open("rb") as reader, new_file(target) as writer:
+    try:
+        reader = source.open("rb")
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {error.strerror}") from error
+    with reader, new_file(target) as writer:
         while chunk := reader.read(CHUNK_BYTES):
             digest.update(chunk)
             size += writer.write(chunk)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from lcexport.builder.memory import peak_rss_bytes, reset_peak_rss
 from lcexport.configs.errors import InputError, LockedError, ResourceError
@@ -131,7 +131,7 @@ class NewBundle:
             )
         try:
             journal = Journal.model_validate(json.loads((self.folder / JOURNAL).read_bytes()))
-        except (OSError, ValueError, ValidationError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{self.folder} has no readable journal", do="Delete it.") from error
         wanted, found = self.journal.fingerprint, journal.fingerprint
         if found != wanted:

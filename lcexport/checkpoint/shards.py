@@ -9,7 +9,8 @@ from lcexport.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, read_header
 from lcexport.configs.errors import InputError
 
 INDEX_ENDING = ".safetensors.index.json"
-PREFERRED = ("diffusion_pytorch_model", "model")  # when a folder holds several sets of weights
+# when a folder holds several sets of weights
+PREFERRED = ("diffusion_pytorch_model", "model", "transformer")
 DOWNLOAD_SHARD = "Download it again: `hf download` fetches only what is missing."
 
 

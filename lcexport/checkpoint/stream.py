@@ -1,8 +1,9 @@
 """Write a checkpoint's weights as one safetensors file, in one pass and in bounded memory.
 
 The file is written front to back, so that its digest, and the digest of every source tensor, come
-out on the way. One thread reads ahead, this one checks and rounds, one digests and writes. Data starts at a multiple of 4096 bytes and every tensor whose size is a multiple
-of 256 bytes starts at one: such a file can be mapped and handed to a GPU runtime as it is.
+out on the way. One thread reads ahead, this one checks and rounds, one digests and writes.
+Data starts at a multiple of 4096 bytes and every tensor whose size is a multiple of 256 bytes
+starts at one: such a file can be mapped and handed to a GPU runtime as it is.
 """
 
 import hashlib

@@ -100,6 +100,7 @@ def check_function(
     for node in function:
         check_norm(function, node, dtypes, finding.counts)
         check_product(function, node, dtypes, bulk, finding.counts)
+    for node in function:
         check_rounding(function, node, dtypes, finding.counts)
     check_counts(function, finding.counts, bulk, attentions)
     return finding
@@ -142,7 +143,7 @@ def rounded_timestep(function: ir.Function, value: ir.Value, dtypes: Dtypes) -> 
     """The timestep after its rounding: to the bulk dtype and back, before anything is computed."""
     rounded = False
     while not rounded or dtypes[str(value.name)] != FLOAT:
-        node = only_user(value)
+        node = only_user(function, value)
         fit = node.op_type in ("Cast", "Reshape")
         require(fit, f"{function.name}: {node.name} precedes the timestep's rounding", node.op_type)
         value = node.outputs[0]
@@ -275,10 +276,11 @@ def described(value: ir.Value) -> tuple[ir.DataType, tuple[int, ...]]:
     return value.dtype, tuple(int(dim) for dim in value.shape.numpy())
 
 
-def only_user(value: ir.Value) -> ir.Node:
-    """The single node that uses `value`."""
+def only_user(function: ir.Function, value: ir.Value) -> ir.Node:
+    """The single node that uses `value`, the timestep on its way to be rounded."""
     users = [node for node, _ in value.uses()]
-    require(len(users) == 1, f"{value.name} has several users before it is rounded", len(users))
+    what = f"{function.name}: {value.name} is used before the timestep's rounding is done"
+    require(len(users) == 1, what, users)
     return users[0]
 
 

@@ -24,7 +24,7 @@ def read_back(path) -> tuple[list[np.ndarray], "av.VideoStream"]:
 
 def test_to_uint8_rounds_to_nearest():
     values = [0.0, 0.4 / 255, 0.6 / 255, 1.0, 1.5, -1.0]
-    video = Video(np.array(values, dtype=np.float32).reshape(1, 1, 2, 3), 8)
+    video = Video(torch.tensor(values).reshape(1, 1, 2, 3), 8)
     assert video.to_uint8().dtype == np.uint8
     assert video.to_uint8().ravel().tolist() == [0, 0, 1, 255, 255, 0]
 
@@ -59,7 +59,7 @@ def test_an_existing_file_is_not_overwritten(tmp_path):
 
 
 def test_a_failed_save_leaves_nothing(tmp_path):
-    video = Video(np.zeros((2, 0, 0, 3), dtype=np.float32), 8)
+    video = Video(torch.zeros(2, 0, 0, 3), 8)
     with pytest.raises(Exception):  # noqa: B017  the encoder's own error
         video.save(tmp_path / "cat.mp4")
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,81 @@
+# Every target sets up what it needs; a fresh Linux machine with Python 3.11 and make will do.
+#
+# torch comes first, in a pip command of its own, and as the one release the exporter is written
+# for. On a machine with a GPU, install the build of torch that fits its driver into .venv before
+# the first `make`: pip then finds the requirement satisfied and leaves it alone.
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+TORCH  := torch==2.13.0
+PROMPT := a paper boat drifts down a rainy street at night
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types layers wheel clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+# Stamps: made again when pyproject.toml changes.
+$(VENV)/torch.stamp: pyproject.toml
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing $(TORCH)"
+	@$(PIP) install "$(TORCH)"
+	@touch $@
+
+$(VENV)/run.stamp: $(VENV)/torch.stamp
+	@echo "installing lcexport"
+	@$(PIP) install -e .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp
+	@echo "installing lcexport and the tools its tests need"
+	@$(PIP) install -e ".[dev]"
+	@touch $(VENV)/run.stamp $@
+
+demo: $(VENV)/run.stamp  ## a small checkpoint, its bundle, and a video, in demo/
+	@rm -rf demo/checkpoint demo/bundle demo/bundle.building demo/video.mp4 demo/contact-sheet.png
+	@mkdir -p demo
+	@echo "1/4 a small checkpoint with random weights"
+	@$(BIN)/lcexport demo-checkpoint demo/checkpoint
+	@echo "2/4 from the checkpoint to a bundle"
+	@$(BIN)/lcexport build --model demo/checkpoint --res demo -o demo/bundle
+	@echo "3/4 the bundle against its golden outputs"
+	@$(BIN)/lcexport verify demo/bundle
+	@echo "4/4 from a prompt to a video"
+	@$(BIN)/lcexport generate demo/bundle --res demo --prompt "$(PROMPT)" \
+	    --out demo/video.mp4 --contact-sheet demo/contact-sheet.png
+	@printf '%s\n' "" \
+	    "  checkpoint      demo/checkpoint/" \
+	    "  bundle          demo/bundle/" \
+	    "  video           demo/video.mp4" \
+	    "  contact sheet   demo/contact-sheet.png" "" \
+	    "The weights are random: the video shows that the pieces fit, not what the model can paint." \
+	    "Next:" "" \
+	    "  $(BIN)/lcexport inspect demo/bundle" \
+	    "  $(BIN)/lcexport verify demo/bundle --level video" \
+	    "  $(BIN)/lcexport build --model demo/checkpoint --res 160x256x9 --add -o demo/bundle" \
+	    "  $(BIN)/lcexport plan --model demo/checkpoint --res 480p,720p --only export"
+
+test: $(VENV)/dev.stamp  ## all tests that need no GPU
+	@$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+lint: $(VENV)/dev.stamp  ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp  ## pyright
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+layers: $(VENV)/dev.stamp  ## import-linter: arrows point one way
+	@$(BIN)/lint-imports
+
+wheel: $(VENV)/dev.stamp  ## dist/*.whl, with its contents checked
+	@rm -rf dist build
+	@$(BIN)/python -m build --wheel --outdir dist . >/dev/null
+	@rm -rf build
+	@$(BIN)/python tools/inspect_wheel.py dist/*.whl
+
+clean:  ## remove what make made, but not .venv
+	@rm -rf demo dist build .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,35 @@
+"""Backends by name; none is imported before it is asked for."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from lcexport.configs.errors import UsageError
+from lcexport.engines import BACKENDS, backend_module, open_engine
+from lcexport.engines.bundle import open_bundle
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_opens_engines(backend):
+    assert callable(import_module(backend_module(backend)).open_engine)
+
+
+@pytest.mark.parametrize("name", ["", "ort", "ONNXRUNTIME", "os"])
+def test_an_unknown_backend_is_told_the_known_ones(demo_bundle, name):
+    with pytest.raises(UsageError, match="one of onnxruntime, eager") as caught:
+        open_engine(name, open_bundle(demo_bundle), "64x96x9")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_unknown_resolution_is_told_the_known_ones(demo_bundle, backend):
+    with pytest.raises(UsageError, match="got '480p'; wanted one of 64x96x9"):
+        open_engine(backend, open_bundle(demo_bundle), "480p")
+
+
+def test_the_contract_imports_no_backend():
+    code = "import sys, lcexport.engines as e; print('onnxruntime' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

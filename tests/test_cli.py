@@ -1,0 +1,242 @@
+"""The command line: results on standard output, one clear error and its exit code otherwise."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lcexport import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`run("build", "--res", "x")` -> (exit code, stdout, stderr)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lcexport", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        streams = capsys.readouterr()
+        code = exit_.value.code
+        return (code if isinstance(code, int) else 0), streams.out, streams.err
+
+    return call
+
+
+def test_the_main_job_from_checkpoint_to_video(run, demo_checkpoint, tmp_path):
+    bundle, video, sheet = tmp_path / "bundle", tmp_path / "x.mp4", tmp_path / "x.png"
+    code, out, _ = run(
+        "build", "--model", demo_checkpoint, "--res", "64x96x9", "-o", bundle, "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["graphs"]["64x96x9"]["golden"] == "golden/64x96x9.safetensors"
+    code, out, _ = run("verify", bundle, "--json")
+    assert code == 0
+    assert json.loads(out)["ok"] is True
+    code, out, _ = run(
+        "generate", bundle, "--prompt", "a cat", "--out", video, "--contact-sheet", sheet,
+        "--steps", 2, "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["video"] == str(video)
+    assert video.read_bytes()[4:8] == b"ftyp"
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_shows_graphs_files_and_proof(run, demo_bundle):
+    code, out, err = run("inspect", demo_bundle)
+    assert code == 0
+    assert err == ""
+    for word in ("dit.safetensors", "dit.64x96x9.onnx", "products fp32", "golden:64x96x9"):
+        assert word in out
+    code, out, _ = run("inspect", demo_bundle, "--json")
+    assert json.loads(out)["schema_version"] == 1
+
+
+def test_plan_counts_tokens_and_writes_nothing(run, demo_checkpoint, tmp_path):
+    code, out, _ = run(
+        "plan", "--model", demo_checkpoint, "--res", "480p", "--only", "export",
+        "-o", tmp_path / "b", "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["sizes"][0]["tokens"] == 37_440
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_is_a_plan(run, demo_checkpoint, tmp_path):
+    code, out, _ = run(
+        "build", "--model", demo_checkpoint, "--res", "demo", "-o", tmp_path / "b", "--dry-run"
+    )
+    assert code == 0
+    assert "PFLOP" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_validate_and_convert(run, demo_checkpoint, tmp_path):
+    code, out, _ = run("validate", demo_checkpoint, "--json")
+    assert code == 0
+    assert json.loads(out)["tensors_present"] == 98
+    code, out, _ = run("convert", demo_checkpoint, tmp_path / "native", "--check")
+    assert code == 0
+    assert "tensors equal" in out
+    assert (tmp_path / "native" / "model_index.json").is_file()
+
+
+def test_the_demo_checkpoint_says_what_comes_next(run, tmp_path):
+    code, out, _ = run("demo-checkpoint", tmp_path / "ck")
+    assert code == 0
+    assert "lcexport build --model" in out
+
+
+def test_the_default_checkpoint_comes_from_the_environment(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("LCEXPORT_MODEL", str(tmp_path / "elsewhere"))
+    code, _, err = run("build")
+    assert code == 3
+    assert str(tmp_path / "elsewhere") in err
+
+
+def test_no_checkpoint_says_how_to_get_one(run, monkeypatch, tmp_path):
+    monkeypatch.delenv("LCEXPORT_MODEL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("build", "--res", "480p")
+    assert code == 3
+    assert out == ""
+    assert "weights/LongCat-Video" in err
+    assert "hf download meituan-longcat/LongCat-Video" in err
+    assert "lcexport demo-checkpoint" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD_BUILDS = [
+    (["--res", "4k"], 2, "unknown resolution"),
+    (["--res", "481x832x93"], 2, "multiple of 16"),
+    (["--res", "480x830x93"], 2, "multiple of 16"),
+    (["--res", "480x832x0"], 2, "greater than or equal"),
+    (["--res", "demo", "--backend", "quantum"], 2, "unknown backend"),
+    (["--res", "demo", "--precision", "fp8"], 2, "precision"),
+    (["--res", "demo", "--islands", "original"], 2, "bf16"),
+    (["--res", "demo,demo"], 2, "twice"),
+    (["--res", "demo", "--add", "--resume"], 2, "without --resume"),
+    (["--res", "demo", "--resume"], 3, "nothing to resume"),
+    (["--res", "demo", "--add"], 8, "not a bundle"),
+    (["--res", "demo", "--batch", "0"], 2, "batch"),
+    (["--nonsense"], 2, "No such option"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "message"), BAD_BUILDS)
+def test_a_bad_build_is_one_error_and_leaves_nothing(
+    run, demo_checkpoint, tmp_path, words, code, message
+):
+    found, out, err = run("build", "--model", demo_checkpoint, "-o", tmp_path / "b", *words)
+    assert found == code
+    assert message in err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_that_are_not_4k_plus_1_are_rounded_and_said(run, demo_checkpoint, caplog):
+    code, out, _ = run(
+        "plan", "--model", demo_checkpoint, "--res", "64x96x12", "--only", "export", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["sizes"][0]["frames"] == 13
+    assert "12 frames are not 4k+1: 13 frames are used" in caplog.text
+
+
+BAD_PROMPTS = [
+    (["--prompt", ""], 2, "prompt is empty"),
+    (["--prompt", "x" * 100_001], 2, "too long"),
+    (["--prompt", "x", "--steps", "0"], 2, "steps"),
+    (["--prompt", "x", "--guidance-scale", "-1"], 2, "negative guidance"),
+    (["--prompt", "x", "--seed", "-1"], 2, "seed"),
+    (["--prompt", "x", "--seed", str(2**63)], 2, "seed"),
+    (["--prompt", "x", "--res", "480p"], 2, "not built for this resolution"),
+    (["--prompt", "x", "--backend", "quantum"], 2, "unknown backend"),
+    (["--prompt", "x", "--device", "cuda"], 5, "GPU"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "message"), BAD_PROMPTS, ids=lambda v: str(v)[:40])
+def test_a_bad_generation_is_one_error_and_leaves_no_file(
+    run, demo_bundle, tmp_path, words, code, message
+):
+    found, out, err = run("generate", demo_bundle, "--out", tmp_path / "x.mp4", *words)
+    assert found == code
+    assert message in err.splitlines()[-1]
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_refuses_to_overwrite_before_it_computes(run, demo_bundle, tmp_path):
+    video = tmp_path / "x.mp4"
+    video.write_bytes(b"mine")
+    code, _, err = run("generate", demo_bundle, "--prompt", "x", "--out", video)
+    assert code == 4
+    assert "will not overwrite" in err
+    assert video.read_bytes() == b"mine"
+
+
+def test_a_damaged_bundle_is_exit_8_and_a_missing_one_too(run, demo_bundle, tmp_path):
+    copy = Path(shutil.copytree(demo_bundle, tmp_path / "copy"))
+    graph = copy / "dit.64x96x9.onnx"
+    data = bytearray(graph.read_bytes())
+    data[100] ^= 1
+    graph.write_bytes(data)
+    code, out, err = run("verify", copy, "--level", "hash")
+    assert code == 8
+    assert "dit.64x96x9.onnx" in out
+    assert "damaged" in err
+    code, _, err = run("generate", copy, "--prompt", "x", "--out", tmp_path / "x.mp4")
+    assert code == 8
+    assert "dit.64x96x9.onnx" in err
+    code, _, err = run("inspect", tmp_path)
+    assert code == 8
+    assert "not a bundle" in err
+
+
+def test_another_schema_version_is_exit_5(run, demo_bundle, tmp_path):
+    copy = Path(shutil.copytree(demo_bundle, tmp_path / "copy"))
+    manifest = json.loads((copy / "manifest.json").read_text("utf-8"))
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 2}), "utf-8")
+    for words in (("inspect", copy), ("verify", copy)):
+        code, _, err = run(*words)
+        assert code == 5
+        assert "schema version" in err
+
+
+def test_an_unsound_checkpoint_lists_its_problems_and_exits_3(run, demo_checkpoint, tmp_path):
+    copy = Path(shutil.copytree(demo_checkpoint, tmp_path / "copy"))
+    shard = next(iter(sorted((copy / "dit").glob("*.safetensors"))))
+    shard.unlink()
+    code, out, err = run("validate", copy)
+    assert code == 3
+    assert shard.name in out
+    assert "not sound" in err
+
+
+def test_an_unknown_command_is_exit_2(run):
+    code, _, err = run("launch")
+    assert code == 2
+    assert "No such command" in err
+
+
+def test_help_and_version_need_neither_torch_nor_the_exporter():
+    script = (
+        "import sys; sys.argv = ['lcexport', '--help']\n"
+        "from lcexport.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'onnx', 'onnxscript', 'transformers', 'diffusers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "build" in done.stdout
