@@ -50,6 +50,11 @@ class BuildOptions(BaseModel):
         """What must be equal for a build to be resumed: everything but `resume` itself."""
         return self.model_dump(mode="json", exclude={"resume"})
 
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The backends the bundle will have: none where only the export is asked for."""
+        return self.backends if self.only == "all" else ()
+
     def effective(self) -> dict[str, object]:
         """What the manifest records: everything but where this machine keeps its folders."""
         own = self.model_dump(mode="json", exclude={"resume", "add", "output"})

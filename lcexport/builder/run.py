@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 
 from lcexport.builder.options import BuildOptions
 from lcexport.builder.plan import make_plan, refuse_shortage
 from lcexport.builder.stages import (
     components_stage,
-    draft_bundle,
     engine_stage,
     golden_name,
     golden_stage,
@@ -21,6 +22,7 @@ from lcexport.builder.stages import (
 )
 from lcexport.builder.staging import Addition, DoneStage, NewBundle, StageOutput, Workplace
 from lcexport.checkpoint import Checkpoint, check_tensors, open_checkpoint
+from lcexport.configs import Preset
 from lcexport.configs.errors import UsageError
 from lcexport.engines import require_backend
 from lcexport.engines.bundle import (
@@ -29,7 +31,6 @@ from lcexport.engines.bundle import (
     GraphRecord,
     Manifest,
     SourceRecord,
-    StageRecord,
     open_bundle,
 )
 
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 # (stage, done, total): bytes for `weights`; 0 of 1 and 1 of 1 around every other stage.
 BuildProgress = Callable[[str, int, int], None]
+Stage = Callable[[str, Callable[[], StageOutput]], DoneStage]
 
 
 def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bundle:
@@ -58,7 +60,8 @@ def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bu
     if options.add:
         old = open_bundle(options.output).manifest
         check_addition(old, options)
-        place = Addition(options.output, old)
+        names = [make(p) for p in options.presets for make in (graph_name, golden_name)]
+        place = Addition(options.output, names)
     else:
         fingerprint = {**options.fingerprint(), "source": source_identity(checkpoint)}
         place = NewBundle(options.output, fingerprint, resume=options.resume)
@@ -76,59 +79,62 @@ def run_stages(
     report: BuildProgress,
 ) -> Manifest:
     """Run every stage in order; the manifest grows with each."""
-    version = versions(options.backends)
-
-    def run(name: str, work: Callable[[], StageOutput]) -> DoneStage:
-        report(name, 0, 1)
-        done = place.run(name, work)
-        log.info("%s: %.1f s", name, done.record.seconds)
-        report(name, 1, 1)
-        return done
-
+    stage = partial(run_stage, place, report)
     if old is None:
-        converted = run(
-            "weights",
-            lambda: weights_stage(
-                checkpoint, options, place.folder, lambda d, t: report("weights", d, t)
-            ),
-        )
-        copied = run("components", lambda: components_stage(checkpoint, place.folder))
-        manifest = first_manifest(options, version, [converted, copied])
+        manifest = shared_stages(stage, place.folder, checkpoint, options, report)
     else:
-        engines = dict.fromkeys(old.backends + (options.backends if options.only == "all" else ()))
+        engines = dict.fromkeys(old.backends + options.engines)
         manifest = old.model_copy(update={"backends": tuple(engines)})
     for preset in options.presets:
-        graph = run(
-            f"graph:{preset.name}",
-            lambda preset=preset: graph_stage(preset, options, place.folder, version["lcexport"]),
-        )
-        record = GraphRecord.model_validate(graph.output.facts["graph"])
-        manifest = grown(manifest, [graph], record)
-        if options.only == "export":
-            continue
-        golden = run(
-            f"golden:{preset.name}",
-            lambda preset=preset, record=record: golden_stage(
-                preset, record, options, place.folder
-            ),
-        )
-        record = record.model_copy(update={"golden": golden_name(preset)})
-        manifest = grown(manifest, [golden], record)
-        for backend in options.backends:
-            draft = draft_bundle(place.folder, manifest)
-            checked = run(
-                f"engine:{backend}:{preset.name}",
-                lambda draft=draft, backend=backend, preset=preset: engine_stage(
-                    backend, draft, preset, options
-                ),
-            )
-            manifest = grown(manifest, [checked], record)
+        manifest = resolution_stages(stage, place.folder, preset, options, manifest)
     return manifest
 
 
-def first_manifest(
-    options: BuildOptions, version: dict[str, str], stages: list[DoneStage]
+def run_stage(
+    place: Workplace, report: BuildProgress, name: str, work: Callable[[], StageOutput]
+) -> DoneStage:
+    """Run one stage, or take it from the journal, and say so."""
+    report(name, 0, 1)
+    done = place.run(name, work)
+    log.info("%s: %.1f s", name, done.record.seconds)
+    report(name, 1, 1)
+    return done
+
+
+def shared_stages(
+    stage: Stage,
+    folder: Path,
+    checkpoint: Checkpoint,
+    options: BuildOptions,
+    report: BuildProgress,
 ) -> Manifest:
+    """What every resolution shares: the weights and the components."""
+    progress = partial(report, "weights")
+    converted = stage("weights", partial(weights_stage, checkpoint, options, folder, progress))
+    copied = stage("components", partial(components_stage, checkpoint, folder))
+    return first_manifest(options, [converted, copied])
+
+
+def resolution_stages(
+    stage: Stage, folder: Path, preset: Preset, options: BuildOptions, manifest: Manifest
+) -> Manifest:
+    """One resolution: its graph, its golden outputs, and each engine held against them."""
+    name = preset.name
+    graph = stage(f"graph:{name}", partial(graph_stage, preset, options, folder))
+    record = GraphRecord.model_validate(graph.output.facts["graph"])
+    manifest = grown(manifest, graph, record)
+    if options.only == "export":
+        return manifest
+    golden = stage(f"golden:{name}", partial(golden_stage, preset, record, options, folder))
+    record = record.model_copy(update={"golden": golden_name(preset)})
+    manifest = grown(manifest, golden, record)
+    for backend in options.backends:
+        work = partial(engine_stage, backend, Bundle(folder, manifest), preset, options)
+        manifest = grown(manifest, stage(f"engine:{backend}:{name}", work), record)
+    return manifest
+
+
+def first_manifest(options: BuildOptions, stages: list[DoneStage]) -> Manifest:
     """The manifest after the stages every resolution shares."""
     files: dict[str, FileRecord] = {}
     for done in stages:
@@ -139,25 +145,25 @@ def first_manifest(
         source=SourceRecord.model_validate(stages[0].output.facts["source"]),
         precision=options.precision,
         islands=options.islands,
-        backends=options.backends if options.only == "all" else (),
+        backends=options.engines,
         graphs={},
         files=files,
-        versions=version,
+        versions=versions(options.backends),
         device=options.device,
         effective=options.effective(),
         stages=tuple(done.record for done in stages),
     )
 
 
-def grown(manifest: Manifest, stages: list[DoneStage], record: GraphRecord) -> Manifest:
-    """`manifest` with the files and costs of more stages, and one graph put in or updated."""
-    files = dict(manifest.files)
-    records: list[StageRecord] = list(manifest.stages)
-    for done in stages:
-        files |= done.output.files
-        records.append(done.record)
-    graphs = {**manifest.graphs, record.preset.name: record}
-    return manifest.model_copy(update={"files": files, "stages": tuple(records), "graphs": graphs})
+def grown(manifest: Manifest, done: DoneStage, record: GraphRecord) -> Manifest:
+    """`manifest` with one stage's files and cost, and one graph put in or updated."""
+    return manifest.model_copy(
+        update={
+            "files": {**manifest.files, **done.output.files},
+            "stages": (*manifest.stages, done.record),
+            "graphs": {**manifest.graphs, record.preset.name: record},
+        }
+    )
 
 
 def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:

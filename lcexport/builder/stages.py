@@ -27,7 +27,6 @@ from lcexport.engines.bundle import (
     Bundle,
     FileRecord,
     GraphRecord,
-    Manifest,
     SourceRecord,
     TensorRecord,
 )
@@ -91,13 +90,13 @@ def require_components(checkpoint: Checkpoint) -> None:
         )
 
 
-def graph_stage(preset: Preset, options: BuildOptions, folder: Path, producer: str) -> StageOutput:
+def graph_stage(preset: Preset, options: BuildOptions, folder: Path) -> StageOutput:
     """Trace, assemble, save, read back, and prove the precision of what was read back."""
     config = DiTConfig.from_json(folder / DIT_CONFIG)
     _, frames, height, width = preset.latent_shape
     geometry = Geometry(options.batch, frames, height // 2, width // 2)
     spec = GraphSpec(geometry, preset.text_tokens, BULK[options.precision])
-    model = onnx_from_dit(config, spec, weights_in(folder), producer)
+    model = onnx_from_dit(config, spec, weights_in(folder), version("lcexport"))
     path = folder / graph_name(preset)
     save_graph(model, path)
     saved = ir.load(path)
@@ -117,7 +116,9 @@ def graph_stage(preset: Preset, options: BuildOptions, folder: Path, producer: s
     return StageOutput(files=files, facts={"graph": record.model_dump(mode="json")})
 
 
-def golden_stage(preset: Preset, record: GraphRecord, options: BuildOptions, folder: Path):
+def golden_stage(
+    preset: Preset, record: GraphRecord, options: BuildOptions, folder: Path
+) -> StageOutput:
     """Inputs from a seed, and what the eager DiT makes of them."""
     dit = dit_from_files(folder / DIT_CONFIG, folder / WEIGHTS, options.device)
     with eager_engine(dit, record, options.device) as engine:
@@ -128,7 +129,9 @@ def golden_stage(preset: Preset, record: GraphRecord, options: BuildOptions, fol
     return StageOutput(files={golden_name(preset): file_record(path)})
 
 
-def engine_stage(backend: str, bundle: Bundle, preset: Preset, options: BuildOptions):
+def engine_stage(
+    backend: str, bundle: Bundle, preset: Preset, options: BuildOptions
+) -> StageOutput:
     """Open the backend's engine and run it once on the golden inputs against eager's outputs."""
     golden = read_golden(bundle, preset.name)
     with open_engine(backend, bundle, preset.name, options.device) as engine:
@@ -151,11 +154,6 @@ def check_engine(
                 wanted=STEP_TOLERANCE[options.precision],
             )
     return facts
-
-
-def draft_bundle(folder: Path, manifest: Manifest) -> Bundle:
-    """The bundle as it will be, for opening engines before it has its name."""
-    return Bundle(folder, manifest)
 
 
 def source_identity(checkpoint: Checkpoint) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -171,12 +171,15 @@ class NewBundle:
 
 
 class Addition:
-    """A resolution in the making inside a finished bundle. Left by an error, it leaves no trace."""
+    """A resolution in the making inside a finished bundle. Left by an error, it leaves no trace.
 
-    def __init__(self, output: Path, manifest: Manifest) -> None:
+    `names` are the files it will make: only those are taken away again, so that nothing else that
+    a user keeps in the folder is ever touched.
+    """
+
+    def __init__(self, output: Path, names: Iterable[str]) -> None:
         self.folder = output
-        self._named = set(manifest.files)
-        self._made: list[Path] = []
+        self._made = [output / name for name in names]
         self._lock = FolderLock()
 
     def __enter__(self) -> Self:
@@ -190,11 +193,10 @@ class Addition:
         self._lock.release()
 
     def run(self, name: str, work: Callable[[], StageOutput]) -> DoneStage:
-        """Run one stage; remember its files so that a later error can take them away again."""
+        """Run one stage."""
         done = measured(name, work)
-        clash = self._named & set(done.output.files)
-        assert not clash, f"an added resolution wrote over {clash}"
-        self._made += [self.folder / made for made in done.output.files]
+        strange = {self.folder / made for made in done.output.files} - set(self._made)
+        assert not strange, f"an addition made more than it said: {strange}"
         return done
 
     def publish(self, manifest: Manifest) -> None:

@@ -115,7 +115,7 @@ def test_an_addition_that_fails_leaves_the_bundle_as_it_was(
     before = digests(folder)
     made = shutil.copy(folder / GRAPH, tmp_path / "graph")
 
-    def graph_stage(preset, options, target, version):
+    def graph_stage(preset, options, target):
         shutil.copy(made, target / f"dit.{preset.name}.onnx")
         manifest = read_manifest(folder)
         record = manifest.graphs[SIZE].model_copy(
@@ -132,6 +132,22 @@ def test_an_addition_that_fails_leaves_the_bundle_as_it_was(
     preset = preset_from("64x64x5")
     with pytest.raises(BuildError, match="nothing golden"):
         build(demo_options.model_copy(update={"output": folder, "presets": (preset,), "add": True}))
+    assert digests(folder) == before
+
+
+def test_an_addition_whose_proof_fails_leaves_not_even_its_graph(
+    demo_bundle, demo_options, tmp_path, monkeypatch
+):
+    def broken(*given, **named):
+        raise BuildError("an island in bfloat16")
+
+    folder = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    (folder / "mine.txt").write_text("a user's own file", "utf-8")
+    before = digests(folder)
+    monkeypatch.setattr("lcexport.builder.stages.prove_precision", broken)
+    added = {"output": folder, "presets": (preset_from("64x64x5"),), "add": True}
+    with pytest.raises(BuildError, match="an island"):
+        build(demo_options.model_copy(update=added))
     assert digests(folder) == before
 
 
