@@ -15,7 +15,7 @@ Inputs and output of every DiT engine, B the batch it was built for (1 unless as
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self, get_args
 
 import torch
 
@@ -24,14 +24,19 @@ from lcexport.configs.errors import UsageError
 if TYPE_CHECKING:
     from lcexport.engines.bundle import Bundle
 
-# Backend -> its module, which has `open_engine(bundle, resolution, device)` and
-# `require(precision, device)`. Strings, so that a backend's library is imported only when that
-# backend is asked for. `eager` lives on the other
-# side of the arrow: it needs the model's code, which the runtime otherwise does without.
+# Backend -> its module, which has `open_engine(backend, bundle, resolution, device)` and
+# `require(backend, precision, device)`. Strings, so that a backend's library is imported only when
+# that backend is asked for. `eager` lives on the other side of the arrow: it needs the model's
+# code, which the runtime otherwise does without.
 BACKENDS = {
     "onnxruntime": "lcexport.engines.ort",
+    "tensorrt": "lcexport.engines.trt.backend",
+    "tensorrt-rtx": "lcexport.engines.trt.backend",
     "eager": "lcexport.eager",
 }
+
+Compiled = Literal["tensorrt", "tensorrt-rtx"]
+COMPILED: tuple[Compiled, ...] = get_args(Compiled)  # these run plans, the others the graph
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def open_engine(backend: str, bundle: "Bundle", resolution: str, device: str = "
         IncompatibleError: the backend's library or the device is missing; says how to get it.
     """
     require_backend(backend, bundle.manifest.precision, device)
-    return import_module(backend_module(backend)).open_engine(bundle, resolution, device)
+    return import_module(backend_module(backend)).open_engine(backend, bundle, resolution, device)
 
 
 def require_backend(backend: str, precision: str, device: str) -> None:
@@ -105,7 +110,7 @@ def require_backend(backend: str, precision: str, device: str) -> None:
         raise UsageError(
             "unknown device", got=repr(device), wanted="cpu, cuda or cuda:N"
         ) from error
-    import_module(backend_module(backend)).require(precision, kind)
+    import_module(backend_module(backend)).require(backend, precision, kind)
 
 
 def backend_module(backend: str) -> str:

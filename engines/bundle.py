@@ -63,6 +63,36 @@ class GraphRecord(Frozen):
     golden: str | None = None
 
 
+class PlanRecord(Frozen):
+    """One compiled plan: a run of blocks. Inputs and outputs carry the names of the graph."""
+
+    file: str
+    first_block: int = Field(ge=0)
+    last_block: int = Field(ge=0)
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    attentions: int = Field(ge=0)
+
+
+class EngineRecord(Frozen):
+    """A compiled engine: its plans in the order they run, and what they were compiled by and for.
+
+    `compute_capabilities`, `gpu` and `driver` are empty where the compiler chose its targets and
+    no GPU was there. `verified` is whether the engine was run against eager torch where it was
+    built: one for another machine's GPU cannot be.
+    """
+
+    plans: tuple[PlanRecord, ...]
+    product: str
+    version: str
+    platform: str
+    compute_capabilities: tuple[str, ...]
+    gpu: str | None
+    driver: str | None
+    options: dict[str, object]
+    verified: bool
+
+
 class StageRecord(Frozen):
     """What one stage of the build cost."""
 
@@ -91,6 +121,8 @@ class Manifest(Frozen):
     islands: Islands
     backends: tuple[str, ...]
     graphs: dict[str, GraphRecord]
+    # Compiled engines by backend and resolution; ONNX Runtime and eager torch need none.
+    engines: dict[str, dict[str, EngineRecord]] = {}
     files: dict[str, FileRecord]
     versions: dict[str, str]
     device: str

@@ -98,7 +98,7 @@ class OrtEngine:
         self.close()
 
 
-def open_engine(bundle: Bundle, resolution: str, device: str = "cpu") -> OrtEngine:
+def open_engine(backend: str, bundle: Bundle, resolution: str, device: str = "cpu") -> OrtEngine:
     """Open the bundle's graph for `resolution`."""
     record = bundle.graph(resolution)
     engine = OrtEngine(bundle.path(record.file), device)
@@ -114,7 +114,7 @@ def spec_from(argument: ort.NodeArg) -> TensorSpec:
     return TensorSpec(argument.name, tuple(argument.shape), TORCH_DTYPES[argument.type])
 
 
-def require(precision: str, device: torch.device) -> None:
+def require(backend: str, precision: str, device: torch.device) -> None:
     """See `lcexport.engines.require_backend`."""
     if device.type == "cuda":
         require_cuda()

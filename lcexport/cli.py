@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,7 +61,17 @@ BackendsOption = Annotated[str, typer.Option("--backend", help="Engines, separat
 BatchOption = Annotated[int, typer.Option(help="Samples per call of the engine.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 OnlyOption = Annotated[
-    str, typer.Option(help="`export` stops after weights and graphs; `all` also checks engines.")
+    str,
+    typer.Option(
+        help="`export` stops after weights and graphs, `compile` after the engines; `all` also "
+        "runs them against eager torch."
+    ),
+]
+SegmentsOption = Annotated[
+    int, typer.Option(help="Plans per TensorRT engine; 0 for as few as this memory allows.")
+]
+TargetsOption = Annotated[
+    str | None, typer.Option(help="GPUs to compile for, such as sm89,sm120; tensorrt-rtx only.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 BundleArgument = Annotated[Path, typer.Argument(help="The bundle's folder.")]
@@ -77,6 +88,8 @@ def build(
     batch: BatchOption = 1,
     device: DeviceOption = "cpu",
     only: OnlyOption = "all",
+    segments: SegmentsOption = 0,
+    targets: TargetsOption = None,
     add: Annotated[bool, typer.Option("--add", help="Add the resolution to a bundle.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a killed build.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only, like `plan`.")] = False,
@@ -89,7 +102,8 @@ def build(
 
     options = options_from(
         model=model, res=res, output=output, precision=precision, islands=islands,
-        backends=backend, batch=batch, device=device, only=only, add=add, resume=resume,
+        backends=backend, batch=batch, device=device, only=only, segments=segments,
+        compute_capabilities=names(targets) or (), add=add, resume=resume,
     )  # fmt: skip
     if dry_run:
         show_the_plan(options, as_json)
@@ -186,6 +200,35 @@ def verify(
         raise IntegrityError(f"{bundle} is damaged", do="Copy it again, or rebuild it.")
     if not report.ok:
         raise VerificationError(f"{bundle} left its thresholds in {len(report.failed)} checks")
+
+
+@app.command()
+def check(
+    bundle: BundleArgument,
+    target: Annotated[
+        str, typer.Option(help="tensorrt-10, tensorrt-11 or tensorrt-rtx.")
+    ] = "tensorrt-11",
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a TensorRT parser would refuse in a bundle's graphs. Needs no TensorRT."""
+    from lcexport.configs.errors import BuildError
+    from lcexport.engines.bundle import open_bundle
+    from lcexport.graph.check import check_graph
+    from lcexport.show import show_json, show_violations
+
+    opened = open_bundle(bundle)
+    # `check_graph` refuses an unknown target itself, and says which there are.
+    chosen: Any = target
+    found = {
+        name: check_graph(opened.path(graph.file), chosen)
+        for name, graph in opened.manifest.graphs.items()
+    }
+    if as_json:
+        show_json({name: [asdict(violation) for violation in row] for name, row in found.items()})
+    else:
+        show_violations(found, target)
+    if count := sum(map(len, found.values())):
+        raise BuildError(f"{target} would refuse the graphs of {bundle}", got=f"{count} violations")
 
 
 @app.command()

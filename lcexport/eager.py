@@ -14,14 +14,14 @@ from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle, GraphRecord
 from lcexport.engines.eager import EagerEngine
 
 
-def open_engine(bundle: Bundle, resolution: str, device: str = "cpu") -> EagerEngine:
+def open_engine(backend: str, bundle: Bundle, resolution: str, device: str = "cpu") -> EagerEngine:
     """Load the bundle's DiT and give it the inputs and outputs of the graph at `resolution`."""
     record = bundle.graph(resolution)
     dit = dit_from_files(bundle.path(DIT_CONFIG), bundle.path(WEIGHTS), device)
     return eager_engine(dit, record, device)
 
 
-def require(precision: str, device: torch.device) -> None:
+def require(backend: str, precision: str, device: torch.device) -> None:
     """See `lcexport.engines.require_backend`; torch computes both precisions everywhere."""
     if device.type == "cuda" and not torch.cuda.is_available():
         raise IncompatibleError(

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -11,6 +12,7 @@ from rich.table import Table
 from lcexport.builder import Plan
 from lcexport.checkpoint import ConvertReport, ValidationReport
 from lcexport.engines.bundle import Bundle
+from lcexport.graph.check import Violation
 from lcexport.runtime import Video
 from lcexport.verify import Check, Report
 
@@ -111,6 +113,15 @@ def show_stages(bundle: Bundle) -> None:
     for stage in bundle.manifest.stages:
         stages.add_row(stage.name, f"{stage.seconds:.1f}", amount(stage.peak_rss_bytes))
     out.print(stages)
+
+
+def show_violations(found: Mapping[str, Sequence[Violation]], target: str) -> None:
+    """What a target would refuse, graph by graph."""
+    for name, violations in found.items():
+        if not violations:
+            out.print(f"{name}: nothing that {target} would refuse", highlight=False)
+        for violation in violations:
+            out.print(f"{name}: {violation}", markup=False, highlight=False)
 
 
 def show_validation(report: ValidationReport) -> None:

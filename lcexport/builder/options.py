@@ -8,12 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lcexport.configs import Preset, preset_from
 from lcexport.configs.errors import UsageError
-from lcexport.engines import backend_module
+from lcexport.engines import COMPILED, Compiled, backend_module
 from lcexport.engines.bundle import Islands, Precision
 
 DEFAULT_MODEL = Path("weights/LongCat-Video")
 MODEL_VARIABLE = "LCEXPORT_MODEL"
-Only = Literal["all", "export"]
+Only = Literal["all", "compile", "export"]
 
 
 class BuildOptions(BaseModel):
@@ -30,6 +30,8 @@ class BuildOptions(BaseModel):
     batch: int = Field(default=1, ge=1, le=16)
     device: str = "cpu"
     only: Only = "all"
+    segments: int = Field(default=0, ge=0, le=1000)  # 0: as few as the memory allows
+    compute_capabilities: tuple[str, ...] = ()
     add: bool = False
     resume: bool = False
 
@@ -52,8 +54,18 @@ class BuildOptions(BaseModel):
 
     @property
     def engines(self) -> tuple[str, ...]:
-        """The backends the bundle will have: none where only the export is asked for."""
-        return self.backends if self.only == "all" else ()
+        """The backends that are run against eager torch: none without golden outputs.
+
+        A compiled engine is run only on the kind of machine it is for.
+        """
+        if self.only != "all":
+            return ()
+        return tuple(b for b in self.backends if b not in COMPILED or self.device != "cpu")
+
+    @property
+    def compiled(self) -> tuple[Compiled, ...]:
+        """The backends that have plans to compile."""
+        return () if self.only == "export" else tuple(b for b in COMPILED if b in self.backends)
 
     def effective(self) -> dict[str, object]:
         """What the manifest records: everything but where this machine keeps its folders."""

@@ -66,6 +66,7 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     golden = sum(golden_bytes(config, preset, options.batch) for preset in options.presets)
     disk = GRAPH_BYTES * len(sizes)
     disk += 0 if options.add else weights + sum(components.values())
+    disk += weights * len(sizes) * len(options.compiled)  # a plan is as large as its weights
     disk += golden if options.only == "all" else 0
     largest = max(step_bytes(size) for size in sizes)
     memory = max(EXPORT_BYTES, CONVERT_BYTES)
@@ -109,10 +110,12 @@ def stage_names(options: BuildOptions) -> list[str]:
     """The stages in order; `graph:480p` and so on once per resolution."""
     names = [] if options.add else ["weights", "components"]
     names += [f"graph:{preset.name}" for preset in options.presets]
+    for preset in options.presets:
+        names += [f"compile:{backend}:{preset.name}" for backend in options.compiled]
     if options.only == "all":
         for preset in options.presets:
             names.append(f"golden:{preset.name}")
-            names += [f"engine:{backend}:{preset.name}" for backend in options.backends]
+            names += [f"engine:{backend}:{preset.name}" for backend in options.engines]
     return names
 
 

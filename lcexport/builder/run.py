@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from lcexport.builder.compile import compile_engine, plans_folder
 from lcexport.builder.options import BuildOptions
 from lcexport.builder.plan import make_plan, refuse_shortage
 from lcexport.builder.stages import (
@@ -61,6 +62,7 @@ def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bu
         old = open_bundle(options.output).manifest
         check_addition(old, options)
         names = [make(p) for p in options.presets for make in (graph_name, golden_name)]
+        names += [plans_folder(b, p.name) for b in options.compiled for p in options.presets]
         place = Addition(options.output, names)
     else:
         fingerprint = {**options.fingerprint(), "source": source_identity(checkpoint)}
@@ -86,7 +88,7 @@ def run_stages(
         engines = dict.fromkeys(old.backends + options.engines)
         manifest = old.model_copy(update={"backends": tuple(engines)})
     for preset in options.presets:
-        manifest = resolution_stages(stage, place.folder, preset, options, manifest)
+        manifest = resolution_stages(stage, place.folder, preset, options, manifest, report)
     return manifest
 
 
@@ -116,19 +118,31 @@ def shared_stages(
 
 
 def resolution_stages(
-    stage: Stage, folder: Path, preset: Preset, options: BuildOptions, manifest: Manifest
+    stage: Stage,
+    folder: Path,
+    preset: Preset,
+    options: BuildOptions,
+    manifest: Manifest,
+    report: BuildProgress,
 ) -> Manifest:
     """One resolution: its graph, its golden outputs, and each engine held against them."""
     name = preset.name
     graph = stage(f"graph:{name}", partial(graph_stage, preset, options, folder))
     record = GraphRecord.model_validate(graph.output.facts["graph"])
     manifest = grown(manifest, graph, record)
-    if options.only == "export":
+    for backend in options.compiled:
+        engine, plans = compile_engine(stage, folder, backend, record, options, report)
+        for plan in plans:
+            manifest = grown(manifest, plan, record)
+        compiled = {**manifest.engines.get(backend, {}), name: engine}
+        engines = {**manifest.engines, backend: compiled}
+        manifest = manifest.model_copy(update={"engines": engines})
+    if options.only != "all":
         return manifest
     golden = stage(f"golden:{name}", partial(golden_stage, preset, record, options, folder))
     record = record.model_copy(update={"golden": golden_name(preset)})
     manifest = grown(manifest, golden, record)
-    for backend in options.backends:
+    for backend in options.engines:
         work = partial(engine_stage, backend, Bundle(folder, manifest), preset, options)
         manifest = grown(manifest, stage(f"engine:{backend}:{name}", work), record)
     return manifest
@@ -170,8 +184,8 @@ def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:
     """Refuse now what a later stage would refuse after an hour: components, device, backends."""
     if options.only == "all":
         require_components(checkpoint)
-        for backend in options.backends:
-            require_backend(backend, options.precision, options.device)
+    for backend in options.compiled + options.engines:
+        require_backend(backend, options.precision, options.device)
 
 
 def check_addition(manifest: Manifest, options: BuildOptions) -> None:

@@ -32,6 +32,7 @@ class StageOutput(BaseModel):
 
     files: dict[str, FileRecord]
     facts: dict[str, object] = {}
+    child_peak_rss_bytes: int = 0  # of a process the stage ran its work in
 
 
 class DoneStage(BaseModel):
@@ -69,7 +70,8 @@ def measured(name: str, work: Callable[[], StageOutput]) -> DoneStage:
     start = time.perf_counter()
     output = work()
     seconds = round(time.perf_counter() - start, 3)
-    record = StageRecord(name=name, seconds=seconds, peak_rss_bytes=peak_rss_bytes())
+    peak = max(peak_rss_bytes(), output.child_peak_rss_bytes)
+    record = StageRecord(name=name, seconds=seconds, peak_rss_bytes=peak)
     return DoneStage(record=record, output=output)
 
 
@@ -173,8 +175,8 @@ class NewBundle:
 class Addition:
     """A resolution in the making inside a finished bundle. Left by an error, it leaves no trace.
 
-    `names` are the files it will make: only those are taken away again, so that nothing else that
-    a user keeps in the folder is ever touched.
+    `names` are the files and folders it will make: only those are taken away again, so that
+    nothing else that a user keeps in the bundle is ever touched.
     """
 
     def __init__(self, output: Path, names: Iterable[str]) -> None:
@@ -189,13 +191,16 @@ class Addition:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:
             for path in self._made:
+                if path.is_dir():
+                    shutil.rmtree(path)
                 path.unlink(missing_ok=True)
         self._lock.release()
 
     def run(self, name: str, work: Callable[[], StageOutput]) -> DoneStage:
         """Run one stage."""
         done = measured(name, work)
-        strange = {self.folder / made for made in done.output.files} - set(self._made)
+        made = [self.folder / file for file in done.output.files]
+        strange = [path for path in made if not {path, path.parent} & set(self._made)]
         assert not strange, f"an addition made more than it said: {strange}"
         return done
 

@@ -82,8 +82,9 @@ def prove_precision(model: ir.Model, bulk: torch.dtype, *, attentions: int = 2) 
         totals.update(finding.counts)
         totals[f"calls_of_{node.op_type.lower()}"] += 1
         known.update(zip((str(o.name) for o in node.outputs), finding.outputs, strict=True))
-    velocity = known[str(model.graph.outputs[0].name)][0]
-    require(velocity == FLOAT, "the velocity is not float32", velocity)
+    if totals["calls_of_final"]:  # a segment before the last has no velocity
+        found = known[str(model.graph.outputs[0].name)][0]
+        require(found == FLOAT, "the velocity is not float32", found)
     return dict(sorted(totals.items()))
 
 

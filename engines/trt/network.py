@@ -1,0 +1,416 @@
+"""A graph parsed into a TensorRT network, and the network held against what it must be.
+
+Strong typing makes the network's types the engine's types, so this is where precision is known
+for certain: after TensorRT's parser, before its compiler. Checked are attention (all of it fused
+layers, none in float32), the norms and roots (float32), every rounding to a lower precision (only
+of finished sums, norms and turned pairs) and the number of each.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from lcexport.configs.errors import BuildError
+from lcexport.engines.bundle import TensorRecord
+from lcexport.engines.trt.product import MessageLog, Product
+
+# Fused float16 attention sums its exponentials in float16, which ends at 65,504.
+MOST_FP16_KEYS = 60_000
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+    "INT32": "int32",
+    "INT64": "int64",
+    "INT8": "int8",
+    "UINT8": "uint8",
+}
+ITEM_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "bool": 1,
+    "int32": 4,
+    "int64": 8,
+    "int8": 1,
+    "uint8": 1,
+}
+LOW = frozenset({"float16", "bfloat16"})
+FLOATING = LOW | {"float32"}
+PRODUCTS = frozenset({"MATRIX_MULTIPLY", "CONVOLUTION", "EINSUM"})
+COUNTED = (
+    "attentions",
+    "products_fp32",
+    "products_bulk",
+    "layer_norms",
+    "rms_norms",
+    "roundings",
+)
+NORMS = frozenset({"NORMALIZATION", "REDUCE", "UNARY"})
+MOVES = frozenset({"SHUFFLE", "SLICE", "UNSQUEEZE", "SQUEEZE"})
+
+
+class Expectations(BaseModel):
+    """How many of each kind the network must have; None where it does not matter.
+
+    Attributes:
+        islands: names of weights whose products must be float32.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    attentions: int
+    products_fp32: int | None = None
+    products_bulk: int | None = None
+    layer_norms: int | None = None
+    rms_norms: int | None = None
+    roundings: int | None = None
+    islands: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_proof(cls, proof: Mapping[str, int], islands: Iterable[str] = ()) -> Self:
+        """The counts that the graph's own proof of precision found."""
+        return cls(
+            islands=frozenset(islands),
+            attentions=proof["attentions_bulk"],
+            products_fp32=proof["products_fp32"],
+            products_bulk=proof["products_bulk"],
+            layer_norms=proof["layer_norms_fp32"],
+            rms_norms=proof["rms_norms_fp32"],
+            roundings=proof["roundings"],
+        )
+
+
+class NetworkSummary(BaseModel):
+    """What was found in a network that passed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: int
+    attentions: int
+    products_fp32: int
+    products_bulk: int
+    layer_norms: int
+    rms_norms: int
+    roundings: int
+    weights_bytes: int
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A parsed network. The parser owns the weights, so it is kept as long as the network."""
+
+    network: Any
+    parser: Any
+
+
+def parse_network(
+    product: Product, builder: Any, logger: Any, log: MessageLog, graph: bytes, path: Path
+) -> Parsed:
+    """Parse `graph`; external data is looked for beside `path`, and mapped, not read.
+
+    Raises:
+        BuildError: TensorRT refuses the graph; names the node, the operator and the reason.
+    """
+    trt = product.trt
+    # Required in 10; the default, and ignored, in 11.
+    typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(typed)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(graph, str(path.absolute())):
+        raise parser_error(product, parser, log, path)
+    if network.num_outputs == 0:  # the parser takes some files that are no graphs for empty ones
+        raise BuildError(f"{path} is not an ONNX graph: it has no outputs", do="Export it again.")
+    return Parsed(network, parser)
+
+
+def parser_error(product: Product, parser: Any, log: MessageLog, path: Path) -> BuildError:
+    """What the parser says is wrong: the first error, and how many more there are."""
+    count = parser.num_errors
+    if count == 0:
+        reason = log.errors[-1] if log.errors else "no reason given"
+        return BuildError(f"{product} cannot parse {path}", got=reason, do="Export it again.")
+    first = parser.get_error(0)
+    stack = [*first.local_function_stack()]
+    where = f"node {first.node_name()!r} ({first.node_operator()})" if first.node_name() else "file"
+    inside = f" in {' in '.join(stack)}" if stack else ""
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    # On a machine without a GPU, each error is followed by another about the missing driver.
+    lines = [line for line in first.desc().splitlines() if "catchCudaError" not in line]
+    return BuildError(
+        f"{product} cannot parse {path}: {where}{inside}",
+        got=f"{' '.join(lines).strip()}{more}",
+        do=parser_advice(first.desc()),
+    )
+
+
+def parser_advice(reason: str) -> str:
+    """What to do about a parser's refusal."""
+    if "Failed to import initializer" in reason or "external" in reason.lower():
+        return "Its weights file is missing, too short or unreadable: it must lie beside the graph."
+    if "Failed to parse the ONNX model" in reason:
+        return "The file is damaged or cut short: export it again."
+    if "same" in reason and "type" in reason:
+        return "Types are never mixed silently: the graph needs a Cast in front of this node."
+    return "The graph needs another form of this operation."
+
+
+def check_network(
+    product: Product, network: Any, expectations: Expectations, path: Path
+) -> NetworkSummary:
+    """Walk the network and hold it against `expectations`.
+
+    Raises:
+        BuildError: an attention, a norm, a product or a rounding is not what it must be.
+    """
+    return NetworkCheck(product, network, path).check(expectations)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer, with everything the checks ask of it."""
+
+    index: int
+    kind: str
+    raw: Any
+    place: str
+    inputs: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return f"layer {self.index} {self.raw.name!r} ({self.kind}, {self.place})"
+
+    @property
+    def dtypes(self) -> set[str]:
+        """The floating types that go in or come out."""
+        found = {dtype_of(tensor) for tensor in (*self.inputs, *self.outputs)}
+        return found & FLOATING
+
+
+class NetworkCheck:
+    """One walk over one network."""
+
+    def __init__(self, product: Product, network: Any, path: Path) -> None:
+        self.product, self.trt, self.network, self.path = product, product.trt, network, path
+        self.layers = list(layers_of(network))
+        self.makers = {tensor.name: layer for layer in self.layers for tensor in layer.outputs}
+        self.found: dict[str, list[Layer]] = {}
+        self.weights_bytes = 0
+
+    def check(self, expectations: Expectations) -> NetworkSummary:
+        """See `check_network`."""
+        inputs = tuple(map(self.record, inputs_of(self.network)))
+        outputs = tuple(map(self.record, outputs_of(self.network)))
+        for layer in self.layers:
+            self.check_layer(layer, expectations)
+        counts = Counter({kind: len(layers) for kind, layers in self.found.items()})
+        for kind in COUNTED:
+            wanted = getattr(expectations, kind)
+            if wanted is not None and counts[kind] != wanted:
+                self.wrong_count(kind, wanted)
+        return NetworkSummary(
+            layers=len(self.layers),
+            weights_bytes=self.weights_bytes,
+            inputs=inputs,
+            outputs=outputs,
+            **{kind: counts[kind] for kind in COUNTED},
+        )
+
+    def check_layer(self, layer: Layer, expectations: Expectations) -> None:
+        """Apply the rule for this kind of layer, and count it."""
+        if layer.kind == "CONSTANT":
+            self.weights_bytes += sum(map(bytes_of, layer.outputs))
+        elif layer.kind == "ATTENTION_INPUT":
+            self.check_attention(layer)
+        elif layer.kind == "SOFTMAX":
+            self.refuse(
+                f"{layer} is attention in pieces, which would keep every score in memory",
+                do="Attention must reach TensorRT as ONNX Attention, which it fuses or refuses.",
+            )
+        elif layer.kind in PRODUCTS:
+            self.check_product(layer, expectations.islands)
+        elif layer.kind in NORMS:
+            self.check_norm(layer)
+        elif layer.kind == "ELEMENTWISE":
+            self.check_power(layer)
+        elif layer.kind == "CAST":
+            self.check_rounding(layer)
+
+    def check_attention(self, layer: Layer) -> None:
+        """One attention: fused or nothing, and in a precision that has a fused kernel."""
+        layer.raw.__class__ = self.trt.IAttentionInputLayer
+        attention = layer.raw.attention
+        if attention.decomposable:
+            self.refuse(
+                f"{layer} may be taken apart, which would keep every score in memory",
+                do="Remove the attribute TRT_decomposable from the graph.",
+            )
+        query, key, value = (attention.get_input(index) for index in range(3))
+        dtypes = {dtype_of(tensor) for tensor in (query, key, value)}
+        if not dtypes <= LOW or len(dtypes) != 1:
+            self.refuse(
+                f"{layer} has no fused kernel in its precision",
+                got=", ".join(sorted(dtypes)),
+                wanted="bfloat16 queries, keys and values",
+                do="Build the bundle with --precision bf16.",
+            )
+        keys = key.shape[-2]
+        if dtypes == {"float16"} and keys > MOST_FP16_KEYS:
+            self.refuse(
+                f"{layer} would overflow in float16",
+                got=f"{keys} keys",
+                wanted=f"at most {MOST_FP16_KEYS}, or bfloat16",
+                do="Build the bundle with --precision bf16.",
+            )
+        self.count("attentions", layer)
+
+    def check_product(self, layer: Layer, islands: frozenset[str]) -> None:
+        """A product with an island's weight is float32."""
+        bulk = bool(layer.dtypes & LOW)
+        weights = self.weights_of(layer)
+        if bulk and weights & islands:
+            low = ", ".join(sorted(layer.dtypes))
+            self.refuse(f"{layer} with {', '.join(weights)} is not float32", got=low)
+        self.count("products_bulk" if bulk else "products_fp32", layer)
+
+    def weights_of(self, layer: Layer) -> set[str]:
+        """Names of the constants that go into a layer."""
+        makers = [self.origin(tensor) for tensor in layer.inputs]
+        return {str(m.raw.name) for m in makers if m is not None and m.kind == "CONSTANT"}
+
+    def check_norm(self, layer: Layer) -> None:
+        """Norms, means, roots, sines: float32 in and out.
+
+        Numbers without dimensions are left out: the parser takes the square root of attention's
+        scale in attention's own type.
+        """
+        low = layer.dtypes & LOW
+        if low and any(len(tensor.shape) for tensor in layer.outputs):
+            self.refuse(f"{layer} is not float32", got=", ".join(sorted(low)))
+        if layer.kind == "NORMALIZATION":
+            self.count("layer_norms", layer)
+        elif layer.kind == "REDUCE":
+            self.count("rms_norms", layer)
+
+    def check_power(self, layer: Layer) -> None:
+        """A square is the beginning of an RMS norm."""
+        if self.operation(layer) == self.trt.ElementWiseOperation.POW and layer.dtypes & LOW:
+            self.refuse(f"{layer} is not float32", got=", ".join(sorted(layer.dtypes)))
+
+    def check_rounding(self, layer: Layer) -> None:
+        """Only an input, a norm, a turned pair or a finished sum may be rounded."""
+        if dtype_of(layer.inputs[0]) != "float32" or dtype_of(layer.outputs[0]) not in LOW:
+            return
+        self.count("roundings", layer)
+        source = self.origin(layer.inputs[0])
+        if source is None or source.kind == "NORMALIZATION":
+            return
+        if source.kind == "CONCATENATION":  # a turned pair: of sums, not of tables
+            parts = [self.origin(tensor) for tensor in source.inputs]
+            fit = all(part is not None and part.kind == "ELEMENTWISE" for part in parts)
+        elif source.kind == "ELEMENTWISE":
+            makers = [self.origin(tensor) for tensor in source.inputs]
+            kinds = {maker.kind for maker in makers if maker is not None}
+            if self.operation(source) == self.trt.ElementWiseOperation.SUM:
+                fit = not kinds & PRODUCTS  # a product and its bias is no finished sum
+            else:
+                fit = "UNARY" in kinds  # RMS norm: what is normed, times its reciprocal root
+        else:
+            fit = False
+        if not fit:
+            self.refuse(
+                f"{layer} leaves float32 too early", got=f"{dtype_of(layer.outputs[0])} of {source}"
+            )
+
+    def origin(self, tensor: Any) -> Layer | None:
+        """The layer that computed a tensor, looking through what only moves; None for an input."""
+        layer = self.makers.get(tensor.name)
+        while layer is not None and layer.kind in MOVES:
+            layer = self.makers.get(layer.inputs[0].name)
+        return layer
+
+    def operation(self, layer: Layer) -> Any:
+        layer.raw.__class__ = self.trt.IElementWiseLayer
+        return layer.raw.op
+
+    def count(self, kind: str, layer: Layer) -> None:
+        self.found.setdefault(kind, []).append(layer)
+
+    def wrong_count(self, kind: str, wanted: int) -> NoReturn:
+        found = self.found.get(kind, [])
+        shown = "; ".join(str(layer) for layer in found[:4])
+        self.refuse(
+            f"the network has another number of {kind.replace('_', ' ')}",
+            got=f"{len(found)}" + (f", among them {shown}" if shown else ""),
+            wanted=str(wanted),
+        )
+
+    def record(self, tensor: Any) -> TensorRecord:
+        shape = tuple(tensor.shape)
+        if any(size < 0 for size in shape):
+            self.refuse(f"the tensor {tensor.name} has no static shape", got=list(shape))
+        return TensorRecord(name=tensor.name, shape=shape, dtype=dtype_of(tensor))
+
+    def refuse(
+        self, what: str, *, got: object = None, wanted: object = None, do: str | None = None
+    ) -> NoReturn:
+        raise BuildError(
+            f"{self.path.name} as {self.product} reads it: {what}", got=got, wanted=wanted, do=do
+        )
+
+
+def layers_of(network: Any) -> Iterator[Layer]:
+    """The network's layers in order, each with the ONNX function call it came from."""
+    place = ""
+    for index in range(network.num_layers):
+        raw = network.get_layer(index)
+        # "[ONNX Layer: node_linear | blocks.0 (Block)]"; empty for what the parser adds itself.
+        place = raw.metadata.strip("[]").removeprefix("ONNX Layer: ") or place
+        inputs = (raw.get_input(i) for i in range(raw.num_inputs))
+        yield Layer(
+            index=index,
+            kind=raw.type.name,
+            raw=raw,
+            place=place,
+            inputs=tuple(tensor for tensor in inputs if tensor is not None),
+            outputs=tuple(raw.get_output(i) for i in range(raw.num_outputs)),
+        )
+
+
+def inputs_of(network: Any) -> Iterator[Any]:
+    return (network.get_input(index) for index in range(network.num_inputs))
+
+
+def outputs_of(network: Any) -> Iterator[Any]:
+    return (network.get_output(index) for index in range(network.num_outputs))
+
+
+def attention_kinds(network: Any) -> str:
+    """The attention layers' types and sizes, for an error that cannot say which one is meant."""
+    kinds: dict[str, list[str]] = {}
+    for layer in layers_of(network):
+        if layer.kind == "ATTENTION_INPUT":
+            query, key = layer.inputs[:2]
+            kind = f"{dtype_of(query)} {list(query.shape)} x {list(key.shape)}"
+            kinds.setdefault(kind, []).append(layer.raw.name)
+    return "; ".join(f"{names[0]} and alike ({len(names)}): {k}" for k, names in kinds.items())
+
+
+def dtype_of(tensor: Any) -> str:
+    """torch's name for a tensor's type; TensorRT's own for types torch has under another."""
+    name = str(tensor.dtype.name)
+    return DTYPES.get(name, name)
+
+
+def bytes_of(tensor: Any) -> int:
+    size = ITEM_BYTES.get(dtype_of(tensor), 1)
+    for extent in tensor.shape:
+        size *= extent
+    return size

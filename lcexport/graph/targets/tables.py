@@ -1,0 +1,77 @@
+"""Products, opsets, operators and element types.
+
+`OPERATORS` was found by trying: for each operator and each element type, a graph of one node was
+parsed and built with TensorRT for RTX 1.7. The parser knows about a hundred operators more; what
+is not here was not tried, and no graph of this project needs it. TensorRT 10 and 11 share the
+parser's source; where a product or version differs, `TARGETS` says so.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+Target = Literal["tensorrt-10", "tensorrt-11", "tensorrt-rtx"]
+
+FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.BFLOAT16, ir.DataType.FLOAT16})
+NUMBERS = FLOATS | {ir.DataType.INT32}
+BOOLS = frozenset({ir.DataType.BOOL})
+DATA = NUMBERS | BOOLS
+WIDE_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
+
+MAX_RANK = 8
+MAX_VOLUME = 2**31  # elements of one tensor: less than this
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where the products differ."""
+
+    opsets: range
+    missing: frozenset[str] = frozenset()
+
+
+TARGETS: dict[Target, Limits] = {
+    # 10.14 brought Attention; RMSNormalization and RotaryEmbedding came with 10.15, Swish with 11.
+    "tensorrt-10": Limits(
+        range(9, 24), frozenset({"RMSNormalization", "RotaryEmbedding", "Swish"})
+    ),
+    "tensorrt-11": Limits(range(9, 26)),
+    "tensorrt-rtx": Limits(range(9, 26)),
+}
+
+
+def operators(names: str, types: frozenset[ir.DataType]) -> dict[str, frozenset[ir.DataType]]:
+    return dict.fromkeys(names.split(), types)
+
+
+# Operator -> types of its data input, which is the first but for those in DATA_INPUT.
+OPERATORS: dict[str, frozenset[ir.DataType]] = {
+    **operators("Acos Acosh Asin Asinh Atan Atanh Cos Cosh Sin Sinh Tan Tanh", FLOATS),
+    **operators("Ceil Elu Erf Exp Floor Gelu HardSigmoid IsInf IsNaN LeakyRelu Log", FLOATS),
+    **operators("Reciprocal Relu Round Selu Sigmoid Softplus Softsign Sqrt Swish", FLOATS),
+    **operators("ThresholdedRelu PRelu Mean Sum Softmax LogSoftmax", FLOATS),
+    **operators("HardSwish Mish", WIDE_FLOATS),
+    **operators("Abs Clip Neg Sign", NUMBERS),
+    **operators("Add Sub Mul Div Pow Max Min Mod", NUMBERS),
+    **operators("Greater GreaterOrEqual Less LessOrEqual", NUMBERS),
+    **operators("Equal", DATA),
+    **operators("And Or Xor Not", BOOLS),
+    **operators("Cast Identity Concat Reshape Flatten Transpose Unsqueeze Squeeze Split", DATA),
+    **operators("Slice Expand Tile Gather Where Pad", DATA),
+    **operators("ReduceMean ReduceSum ReduceMax ReduceMin ReduceProd ReduceL1", NUMBERS),
+    **operators("ReduceSumSquare", NUMBERS),
+    **operators("ReduceL2 ReduceLogSumExp", FLOATS),
+    **operators("ArgMax ArgMin CumSum", NUMBERS),
+    **operators("MatMul Gemm Conv Resize", FLOATS),
+    **operators("Einsum", WIDE_FLOATS),
+    **operators("LayerNormalization RMSNormalization", FLOATS),
+    **operators("RotaryEmbedding", FLOATS),
+    # Parsed in float32 as well; the rules of attention say why it may not be.
+    **operators("Attention", FLOATS),
+}
+DATA_INPUT = {"Where": 1}
+
+# ONNX lets these mix floating types, and the parser then converts where the graph does not say so.
+SAME_TYPES = frozenset({"Pow", "PRelu", "LayerNormalization", "RMSNormalization"})
+CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})

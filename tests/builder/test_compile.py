@@ -1,0 +1,139 @@
+"""Compiling a bundle's graphs with a real TensorRT compiler, which needs no GPU."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lcexport.builder import BuildOptions, build
+from lcexport.builder.staging import JOURNAL
+from lcexport.configs.errors import BuildError, IncompatibleError, UsageError
+from lcexport.engines import open_engine
+from lcexport.engines.bundle import open_bundle
+from lcexport.verify import verify
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+
+BACKEND = "tensorrt-rtx"
+SIZE = "64x96x9"
+
+
+@pytest.fixture(scope="module")
+def compiled_options(demo_options: BuildOptions, tmp_path_factory) -> BuildOptions:
+    return demo_options.model_copy(
+        update={
+            "output": tmp_path_factory.mktemp("compiled") / "bundle",
+            "precision": "bf16",
+            "backends": (BACKEND,),
+            "segments": 3,
+            "only": "compile",
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(compiled_options: BuildOptions) -> Path:
+    build(compiled_options)
+    return compiled_options.output
+
+
+def test_the_manifest_names_every_plan_and_its_blocks(compiled):
+    manifest = open_bundle(compiled, every_hash=True).manifest
+    engine = manifest.engines[BACKEND][SIZE]
+    runs = [(plan.first_block, plan.last_block) for plan in engine.plans]
+    assert runs == [(0, 1), (2, 2), (3, 3)]
+    assert [plan.attentions for plan in engine.plans] == [4, 2, 2]
+    assert [plan.file for plan in engine.plans] == [
+        f"engines/{BACKEND}/{SIZE}/{index:02d}.plan" for index in range(3)
+    ]
+    assert all(manifest.files[plan.file].bytes > 1 << 20 for plan in engine.plans)
+    assert engine.product == BACKEND
+    assert engine.gpu is None
+    assert not engine.verified
+
+
+def test_what_leaves_a_plan_enters_the_next(compiled):
+    first, second, third = open_bundle(compiled).manifest.engines[BACKEND][SIZE].plans
+    names = [{tensor.name for tensor in plan.inputs} for plan in (first, second, third)]
+    assert names[0] == {
+        "hidden_states",
+        "encoder_hidden_states",
+        "timestep",
+        "encoder_attention_mask",
+    }
+    shared = {"embed.text", "embed.time", "embed.cos", "embed.sin"}
+    assert {tensor.name for tensor in first.outputs} == shared | {"blocks.1.x_next"}
+    assert names[1] == shared | {"blocks.1.x_next"}
+    assert [tensor.name for tensor in third.outputs] == ["velocity"]
+    x = next(tensor for tensor in first.outputs if tensor.name == "blocks.1.x_next")
+    assert x.dtype == "bfloat16"
+
+
+def test_each_segment_is_a_stage_of_its_own(compiled):
+    stages = [stage.name for stage in open_bundle(compiled).manifest.stages]
+    assert stages[-3:] == [f"compile:{BACKEND}:{SIZE}:{index}/3" for index in (1, 2, 3)]
+
+
+def test_a_plan_is_not_run_where_there_is_no_gpu(compiled):
+    for device in ("cpu", "cuda"):
+        with pytest.raises(IncompatibleError, match="NVIDIA GPU"):
+            open_engine(BACKEND, open_bundle(compiled), SIZE, device)
+
+
+def test_a_changed_plan_fails_its_hash(compiled, tmp_path):
+    copy = Path(shutil.copytree(compiled, tmp_path / "copy"))
+    plan = copy / f"engines/{BACKEND}/{SIZE}/01.plan"
+    data = bytearray(plan.read_bytes())
+    data[len(data) // 2] ^= 1
+    plan.write_bytes(data)
+    report = verify(copy, "hash")
+    assert [check.name for check in report.failed] == [f"engines/{BACKEND}/{SIZE}/01.plan"]
+
+
+def test_a_build_that_fails_in_a_segment_resumes_there(compiled_options, tmp_path, monkeypatch):
+    from lcexport.builder import compile as compiling
+
+    real, asked = compiling.compile_graph, []
+
+    def failing(*given, **named):
+        asked.append(given[3].name)
+        if asked == ["00.plan", "01.plan"]:
+            raise BuildError("the compiler crashed")
+        return real(*given, **named)
+
+    monkeypatch.setattr(compiling, "compile_graph", failing)
+    options = compiled_options.model_copy(update={"output": tmp_path / "b"})
+    with pytest.raises(BuildError, match="crashed"):
+        build(options)
+    assert not (tmp_path / "b").exists()
+    journal = json.loads((tmp_path / "b.building" / JOURNAL).read_text("utf-8"))
+    assert f"compile:{BACKEND}:{SIZE}:1/3" in journal["stages"]
+    build(options.model_copy(update={"resume": True}))
+    assert asked == ["00.plan", "01.plan", "01.plan", "02.plan"]
+    open_bundle(tmp_path / "b", every_hash=True)
+
+
+def test_fp32_is_refused_before_anything_is_built(compiled_options, tmp_path):
+    options = compiled_options.model_copy(
+        update={"output": tmp_path / "b", "precision": "fp32", "islands": "checkpoint"}
+    )
+    with pytest.raises(IncompatibleError, match="bf16"):
+        build(options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_rtx_target_that_does_not_exist_is_refused(compiled_options, tmp_path):
+    options = compiled_options.model_copy(
+        update={"output": tmp_path / "b", "compute_capabilities": ("sm12",)}
+    )
+    with pytest.raises(UsageError, match="sm12"):
+        build(options)
+    assert not (tmp_path / "b").exists()
+
+
+def test_more_segments_than_blocks_are_refused(compiled_options, tmp_path):
+    options = compiled_options.model_copy(update={"output": tmp_path / "b", "segments": 5})
+    with pytest.raises(UsageError, match=r"1\.\.4"):
+        build(options)
+    assert not (tmp_path / "b").exists()

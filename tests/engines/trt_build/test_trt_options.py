@@ -1,0 +1,146 @@
+"""Each option reaches the builder, or is refused; none is ignored."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from pydantic import ValidationError
+
+from lcexport.configs.errors import IncompatibleError, UsageError
+from lcexport.engines.trt.options import TrtOptions, configure, require_supported
+from lcexport.engines.trt.product import MessageLog, Product, builder_for, logger_for
+
+
+@pytest.fixture
+def configured(rtx: Product):
+    """`configured(refit=True)` is a real builder configuration, with what it was made by."""
+    kept = []
+
+    def make(**options):
+        logger = logger_for(rtx, MessageLog())
+        builder = builder_for(rtx, logger)
+        kept.extend([logger, builder])
+        return configure(rtx, builder, TrtOptions(**options)), builder
+
+    return make
+
+
+@pytest.fixture
+def enterprise(rtx: Product) -> Product:
+    """The other product's name over the same API: what is refused before anything is built."""
+    return Product("tensorrt", rtx.trt, (11, 4))
+
+
+def test_float32_products_are_float32(rtx: Product, configured):
+    flag = rtx.trt.BuilderFlag.TF32
+    _, builder = configured()
+    assert builder.create_builder_config().get_flag(flag), "on by default: the reason to clear it"
+    config, _ = configured(weight_streaming=True, workspace_bytes=1 << 30)
+    assert not config.get_flag(flag)
+
+
+def test_defaults_set_no_flag_at_all(rtx: Product, configured):
+    config, _ = configured()
+    assert config.flags == 0
+    assert config.profiling_verbosity == rtx.trt.ProfilingVerbosity.DETAILED
+    assert config.builder_optimization_level == 3
+    assert config.max_aux_streams == 0
+    assert config.num_compute_capabilities == 0
+
+
+def test_each_option_reaches_the_builder(rtx: Product, configured):
+    config, builder = configured(
+        workspace_bytes=3 << 30,
+        optimization_level=5,
+        max_aux_streams=2,
+        max_threads=3,
+        compute_capabilities=("SM89", "sm120"),
+    )
+    trt = rtx.trt
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 3 << 30
+    assert config.builder_optimization_level == 5
+    assert config.max_aux_streams == 2
+    assert builder.max_threads == 3
+    targets = [config.get_compute_capability(i) for i in range(config.num_compute_capabilities)]
+    assert targets == [trt.ComputeCapability.SM89, trt.ComputeCapability.SM120]
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"weight_streaming": True}, {"WEIGHT_STREAMING"}),
+        ({"strip_plan": True}, {"STRIP_PLAN", "REFIT_IDENTICAL"}),
+        ({"refit": True}, {"REFIT"}),
+        ({"strip_plan": True, "refit": True}, {"STRIP_PLAN", "REFIT"}),
+    ],
+)
+def test_each_wish_is_its_flags_and_no_others(rtx: Product, configured, options, flags):
+    config, _ = configured(**options)
+    members = rtx.trt.BuilderFlag.__members__
+    assert {name for name, flag in members.items() if config.get_flag(flag)} == flags
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimization_level": 6},
+        {"workspace_bytes": 0},
+        {"max_threads": 0},
+        {"hardware_compatibility": "turing"},
+        {"fp16": True},
+    ],
+)
+def test_values_out_of_range_are_refused(options):
+    with pytest.raises(ValidationError):
+        TrtOptions(**options)
+
+
+def test_a_target_named_twice_is_refused():
+    with pytest.raises(ValidationError, match="named twice: sm89, sm89"):
+        TrtOptions(compute_capabilities=("sm89", "SM89"))
+
+
+@pytest.mark.parametrize("name", ["sm90", "sm100", "current", "none", "89"])
+def test_an_unknown_target_names_the_known_ones(rtx: Product, name):
+    with pytest.raises(UsageError, match=r"wanted some of sm75, sm80, sm86, sm89, sm120"):
+        require_supported(rtx, TrtOptions(compute_capabilities=(name,)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hardware_compatibility": "ampere_plus"},
+        {"version_compatible": True},
+        {"timing_cache": Path("cache")},
+    ],
+)
+def test_rtx_refuses_what_it_lacks(rtx: Product, options):
+    with pytest.raises(IncompatibleError, match=f"has no {next(iter(options))}"):
+        require_supported(rtx, TrtOptions(**options))
+
+
+def test_enterprise_takes_those_and_refuses_targets(enterprise: Product):
+    options = TrtOptions(hardware_compatibility="ampere_plus", version_compatible=True)
+    require_supported(enterprise, options)
+    with pytest.raises(IncompatibleError, match="compiles for the GPU at hand"):
+        require_supported(enterprise, TrtOptions(compute_capabilities=("sm89",)))
+
+
+def test_enterprise_options_reach_the_builder(enterprise: Product):
+    trt = enterprise.trt
+    logger = logger_for(enterprise, MessageLog())
+    options = TrtOptions(hardware_compatibility="same_compute_capability", version_compatible=True)
+    sets: dict[str, object] = {}
+
+    class Config(SimpleNamespace):
+        def __setattr__(self, name, value):
+            sets[name] = value
+
+    flags: list[object] = []
+    config = Config()
+    config.__dict__ |= {"set_flag": flags.append, "clear_flag": lambda flag: None}
+    builder = SimpleNamespace(logger=logger, create_builder_config=lambda: config)
+    configure(enterprise, builder, options)
+    level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
+    assert sets["hardware_compatibility_level"] == level
+    assert flags == [trt.BuilderFlag.VERSION_COMPATIBLE]

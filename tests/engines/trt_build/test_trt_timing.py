@@ -1,0 +1,109 @@
+"""The timing cache, on a fake of the three calls: TensorRT for RTX has no real one."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lcexport.configs.errors import IncompatibleError, ResourceError
+from lcexport.engines.trt.timing import load_timing_cache, merge_timing_cache
+
+
+class FakeCache:
+    """Measurements of one GPU, serialised as JSON: `[gpu, [kernel, ...]]`."""
+
+    def __init__(self, gpu: str, kernels: set[str]) -> None:
+        self.gpu, self.kernels = gpu, kernels
+
+    def combine(self, input_cache: "FakeCache", ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        self.kernels |= input_cache.kernels
+        return self.gpu == input_cache.gpu
+
+    def serialize(self) -> bytearray:
+        return bytearray(json.dumps([self.gpu, sorted(self.kernels)]).encode())
+
+
+class FakeConfig:
+    """A builder configuration that has measured `kernels` on `gpu`."""
+
+    def __init__(self, gpu: str, *kernels: str) -> None:
+        self.gpu, self.kernels = gpu, kernels
+        self.cache: Any = None
+
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> FakeCache | None:
+        try:
+            gpu, kernels = json.loads(serialized_timing_cache or json.dumps([self.gpu, []]))
+        except ValueError:
+            return None
+        return FakeCache(gpu, set(kernels))
+
+    def set_timing_cache(self, cache: FakeCache, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        self.cache = cache
+        return cache.gpu == self.gpu
+
+    def get_timing_cache(self) -> FakeCache:
+        self.cache.kernels |= set(self.kernels)
+        return self.cache
+
+
+def kernels_in(path: Path) -> list[str]:
+    return json.loads(path.read_bytes())[1]
+
+
+def build(path: Path, config: FakeConfig) -> None:
+    load_timing_cache(config, path)
+    merge_timing_cache(config, path)
+
+
+def test_a_first_build_makes_the_file_and_a_second_adds_to_it(tmp_path: Path):
+    path = tmp_path / "cache"
+    build(path, FakeConfig("H200", "a"))
+    build(path, FakeConfig("H200", "b"))
+    assert kernels_in(path) == ["a", "b"]
+
+
+def test_builds_at_the_same_time_lose_nothing(tmp_path: Path):
+    path = tmp_path / "cache"
+    configs = [FakeConfig("H200", f"kernel {i:02}") for i in range(12)]
+    for config in configs:
+        load_timing_cache(config, path)
+    threads = [threading.Thread(target=merge_timing_cache, args=(c, path)) for c in configs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert kernels_in(path) == [f"kernel {i:02}" for i in range(12)]
+
+
+def test_a_cache_of_another_gpu_is_refused_and_kept(tmp_path: Path):
+    path = tmp_path / "cache"
+    build(path, FakeConfig("H200", "a"))
+    with pytest.raises(IncompatibleError, match="another GPU"):
+        build(path, FakeConfig("RTX 4090", "b"))
+    assert kernels_in(path) == ["a"]
+
+
+def test_a_file_that_became_another_gpus_meanwhile_is_kept(tmp_path: Path):
+    path = tmp_path / "cache"
+    ours = FakeConfig("H200", "a")
+    load_timing_cache(ours, path)
+    build(path, FakeConfig("RTX 4090", "b"))
+    with pytest.raises(IncompatibleError, match="another GPU"):
+        merge_timing_cache(ours, path)
+    assert kernels_in(path) == ["b"]
+
+
+def test_a_damaged_cache_is_refused(tmp_path: Path):
+    path = tmp_path / "cache"
+    path.write_bytes(b"\0damaged")
+    with pytest.raises(IncompatibleError, match="damaged"):
+        build(path, FakeConfig("H200"))
+
+
+def test_a_folder_that_is_not_there_is_said_before_building(tmp_path: Path):
+    with pytest.raises(ResourceError, match="no such folder"):
+        load_timing_cache(FakeConfig("H200"), tmp_path / "none" / "cache")

@@ -1,0 +1,42 @@
+"""Where tensors lie in the shared block."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lcexport.engines.trt.memory import ALIGNMENT, Lifetime, place, torch_dtype
+
+LIFETIMES = st.builds(
+    lambda nbytes, first, length: Lifetime(nbytes, first, first + length),
+    st.integers(0, 5000),
+    st.integers(0, 6),
+    st.integers(0, 6),
+)
+
+
+@given(st.dictionaries(st.text(max_size=3), LIFETIMES, max_size=12))
+def test_tensors_alive_at_once_do_not_overlap(lifetimes):
+    offsets, total = place(lifetimes)
+    assert set(offsets) == set(lifetimes)
+    for name, one in lifetimes.items():
+        assert offsets[name] % ALIGNMENT == 0
+        assert offsets[name] + one.nbytes <= total
+        for other, two in lifetimes.items():
+            apart = (
+                offsets[name] + one.nbytes <= offsets[other]
+                or offsets[other] + two.nbytes <= offsets[name]
+            )
+            assert name == other or apart or not one.meets(two)
+
+
+def test_a_chain_needs_two_places():
+    """x is read by the segment that makes the next x: two are alive at once, never three."""
+    chain = {f"x{step}": Lifetime(1000, step, step + 1) for step in range(8)}
+    shared = {"text": Lifetime(512, 0, 8)}
+    _, total = place(chain | shared)
+    assert total == 2 * 1024 + 512
+
+
+def test_types(double):
+    for name, wanted in (("FLOAT", torch.float32), ("BF16", torch.bfloat16), ("BOOL", torch.bool)):
+        assert torch_dtype(double, getattr(double.DataType, name)) is wanted

@@ -1,0 +1,211 @@
+"""Every TensorRT name that `engines/trt` uses exists in every release, with that signature."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from bindings_shim import make_shim
+from surface import RELEASES, surface
+from uses import KINDS, Use, any_names, guards_of, problem, uses_of
+
+SOURCES = sorted((Path(__file__).parents[2] / "engines" / "trt").glob("*.py"))
+NEWEST = surface("11.4.0.106")
+RTX = surface("rtx-1.7.1.116")
+# Behind `product.is_rtx` in the code, which no reader of names can see.
+RTX_ONLY = {
+    ("", "ComputeCapability"),
+    ("ComputeCapability", "__members__"),
+    ("IBuilderConfig", "num_compute_capabilities"),
+    ("IBuilderConfig", "set_compute_capability"),
+}
+# `Any` that is not TensorRT's object, or only handed on.
+OTHER = {
+    "trt", "severity", "where", "flag", "value", "digest", "request", "replay",
+    "product", "module", "dtype", "plan", "found", "args", "kwargs", "data", "member",
+}  # fmt: skip
+BINDINGS = ("11.4.0.106", "10.16.1.11")
+PIP_SECONDS = 60
+
+# Run where the real module is: reads [module, [[owner, name], ...]], prints what is missing.
+PROBE = """
+import importlib, json, sys
+name, wanted = json.load(sys.stdin)
+trt = importlib.import_module(name)
+missing = []
+for owner, member in wanted:
+    thing = trt
+    for part in [*owner.split("."), member] if owner else [member]:
+        thing = getattr(thing, part, None)
+    if thing is None:
+        missing.append(f"{owner}.{member}")
+print(json.dumps([trt.__version__, missing]))
+"""
+
+
+def all_uses() -> list[tuple[Path, Use]]:
+    return [(path, use) for path in SOURCES for use in uses_of(path.read_text(), RTX)]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_use_is_real(release):
+    wrong = [
+        f"{path.name} {use}: {reason}"
+        for path, use in all_uses()
+        if (reason := problem(use, surface(release)))
+        and not ((use.owner, use.name) in RTX_ONLY and release != RTX.release)
+    ]
+    assert wrong == []
+
+
+def test_enough_is_seen():
+    """A collector that sees nothing finds no fault."""
+    seen = {(use.owner, use.name) for _, use in all_uses()}
+    assert seen > {
+        ("", "Runtime"),
+        ("BuilderFlag", "TF32"),
+        ("ExecutionContextAllocationStrategy", "USER_MANAGED"),
+        ("IBuilderConfig", "clear_flag"),
+        ("ICudaEngine", "create_execution_context"),
+        ("ICudaEngine", "weight_streaming_budget_v2"),
+        ("IExecutionContext", "execute_async_v3"),
+        ("IExecutionContext", "set_device_memory"),
+        ("IStreamReaderV2", "__init__"),
+        ("IStreamReaderV2", "seek"),
+        ("OnnxParser", "get_error"),
+        ("ParserError", "node_name"),
+        ("Refitter", "set_named_weights"),
+        ("Runtime", "deserialize_cuda_engine"),
+        ("Weights", "__init__"),
+    }
+    assert len(seen) > 60
+
+
+def test_what_is_asked_for_exists_somewhere():
+    """A misspelt `hasattr` is False for ever."""
+    asked = {name for path in SOURCES for name in guards_of(path.read_text(), RTX)}
+    assert asked >= {"IStreamReaderV2", "build_serialized_network_to_stream"}
+    for name in asked:
+        assert any(
+            surface(release).top(name)
+            or any(surface(release).member(c, name) for c in NEWEST.classes)
+            for release in RELEASES
+        ), name
+
+
+def test_rtx_only_names_are_rtx_only():
+    for owner, name in RTX_ONLY:
+        use = Use(owner, name, 0)
+        assert problem(use, RTX) is None
+        assert problem(use, NEWEST) is not None
+
+
+def test_every_any_is_declared():
+    """What is annotated Any is TensorRT's, by a name that says which class, or known not to be."""
+    names = {name.lstrip("_") for path in SOURCES for name in any_names(path.read_text())}
+    assert names - set(KINDS) - OTHER == set()
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("trt.BuilderFlags", "BuilderFlags"),
+        ("product.trt.BuilderFlag.BF16", "BuilderFlag.BF16"),
+        ("self._trt.DataType.FLOAT64", "DataType.FLOAT64"),
+        ("runtime = trt.Runtime(log)\nruntime.load_engine(b'')", "Runtime.load_engine"),
+        ("trt.Runtime()", "Runtime.__init__"),
+        ("hasattr(thing, 'FP7'); trt.DataType.FP7", "DataType.FP7"),
+        ("for engine, size in pairs: engine.budget = 1", "ICudaEngine.budget"),
+        ("sizes = [engine.size for engine in engines]", "ICudaEngine.size"),
+        ("trt.Runtime(log, 3)", "Runtime.__init__"),
+        ("def f(engine: Any): engine.device_memory_size", "ICudaEngine.device_memory_size"),
+        ("def f(engine: Any): engine.num_layers = 3", "ICudaEngine.num_layers"),
+        ("def f(context: Any): context.execute_async_v3(handle=1)", "execute_async_v3"),
+        ("def f(engine: Any): engine.create_execution_context().execute()", "Context.execute"),
+        ("class S:\n  engine: Any\ndef f(s): s.engine.get_binding_name(0)", "get_binding_name"),
+        ("def f(config: Any):\n  if (x := config.set_flags(1)): ...", "IBuilderConfig.set_flags"),
+        ("def f(raw: Any):\n  raw.precision", "ILayer.precision"),
+        ("def f(raw: Any):\n  raw.__class__ = trt.IAttentionInputLayer\n  raw.attn", "Layer.attn"),
+        ("class R(trt.IStreamReaderV2):\n  def fetch(self): ...", "IStreamReaderV2.fetch"),
+        ("[e.descr() for e in [trt.OnnxParser(n, l).get_error(0)]]; trt.Foo", "Foo"),
+        ("with trt.OnnxParser(n, l).parse_it(b''): ...", "OnnxParser.parse_it"),
+    ],
+)
+def test_a_made_up_name_is_caught(source, found):
+    wrong = [str(use) for use in uses_of(source, NEWEST) if problem(use, NEWEST)]
+    assert any(line.endswith(found) for line in wrong), wrong
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "trt.Runtime(log).deserialize_cuda_engine(reader)",
+        "trt.BuilderFlag.TF32.name",
+        "builder = trt.Builder(l)\nif hasattr(builder, 'build_it'):\n  builder.build_it()",
+        "def f(engine): engine.anything",
+        "def f(engine: Engine): engine.run()",
+        "trt.Weights(trt.DataType.FLOAT, 0, 1)\ntrt.Weights(type=trt.float32)",
+        "trt.ILogger.__init__(self)",
+    ],
+)
+def test_what_is_real_passes(source):
+    assert [str(use) for use in uses_of(source, NEWEST) if problem(use, NEWEST)] == []
+
+
+def test_a_surface_that_lacks_a_name_is_noticed():
+    """Names that TensorRT 11 dropped are wrong there and right in 10."""
+    (use,) = {use for use in uses_of("trt.BuilderFlag.FP16", NEWEST) if use.owner}
+    assert problem(use, surface("10.16.1.11")) is None
+    assert problem(use, NEWEST) is not None
+
+
+def probe(module: str, rtx: bool, **environment: str) -> tuple[str, list[str]]:
+    uses = {(use.owner, use.name) for _, use in all_uses()}
+    wanted = sorted(uses if rtx else uses - RTX_ONLY)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        input=json.dumps([module, wanted]),
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_real_rtx_module():
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("tensorrt-rtx is not installed")
+    version, missing = probe("tensorrt_rtx", rtx=True)
+    assert version
+    assert missing == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", BINDINGS)
+def test_the_real_bindings(version, tmp_path):
+    """The real extension, imported over stand-ins for its native libraries."""
+    package = f"tensorrt-cu13-bindings=={version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(tmp_path)]
+    try:
+        done = subprocess.run(
+            [*command, package], capture_output=True, text=True, timeout=PIP_SECONDS, check=False
+        )
+        make_shim(tmp_path, version.partition(".")[0])
+    except (OSError, subprocess.TimeoutExpired) as error:
+        pytest.skip(f"{package} or a compiler cannot be had: {error}")
+    wheels = list(tmp_path.glob("*.whl"))
+    if not wheels:
+        pytest.skip(f"{package} cannot be had: {done.stderr.strip()[-200:]}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wheel.extractall(tmp_path)
+    folder = str(tmp_path)
+    found, missing = probe(
+        "tensorrt_bindings", rtx=False, LD_LIBRARY_PATH=folder, PYTHONPATH=folder
+    )
+    assert (found, missing) == (version, [])

@@ -1,0 +1,259 @@
+"""Which names of TensorRT a source file uses, found by reading it.
+
+What is TensorRT's is known from the names that hold the module (`trt`, `self.trt`), from what
+constructors, methods and properties return by their real signatures, and from `KINDS`: what a
+parameter or attribute annotated `Any`, or a loop's variable, of that name holds everywhere in
+`engines/trt`.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from surface import Surface
+
+MODULE = "<module>"
+HOLDERS = {"trt", "_trt"}
+KINDS = {
+    "attention": "IAttention",
+    "builder": "Builder",
+    "cache": "ITimingCache",
+    "config": "IBuilderConfig",
+    "context": "IExecutionContext",
+    "engine": "ICudaEngine",
+    "inspector": "EngineInspector",
+    "logger": "ILogger",
+    "network": "INetworkDefinition",
+    "parser": "OnnxParser",
+    "prototype": "Weights",
+    "raw": "ILayer",
+    "refitter": "Refitter",
+    "runtime": "Runtime",
+    "tensor": "ITensor",
+    "weights": "Weights",
+}
+
+
+@dataclass(frozen=True)
+class Use:
+    """One name: `owner.name`, or the module's `name` where there is no owner."""
+
+    owner: str
+    name: str
+    line: int
+    how: str = "get"  # "get", "set", "call", "define"
+    positional: int = 0
+    keywords: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.owner + '.' if self.owner else ''}{self.name}"
+
+
+def uses_of(source: str, known: Surface) -> list[Use]:
+    """Every use, in order; `known` says what calls return."""
+    reader = Reader(known)
+    reader.module(ast.parse(source))
+    return sorted(set(reader.uses) - reader.guarded_uses(), key=lambda use: (use.line, str(use)))
+
+
+def guards_of(source: str, known: Surface) -> set[str]:
+    """Names that are asked for with `hasattr` or `getattr` of something of TensorRT's."""
+    reader = Reader(known)
+    reader.module(ast.parse(source))
+    return reader.guards
+
+
+def any_names(source: str) -> Iterator[str]:
+    """Names of parameters and attributes that are annotated `Any`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.arg | ast.AnnAssign) and is_any(node.annotation):
+            name = node.arg if isinstance(node, ast.arg) else node.target
+            yield name if isinstance(name, str) else ast.unparse(name).rpartition(".")[2]
+
+
+def is_any(annotation: ast.expr | None) -> bool:
+    return isinstance(annotation, ast.Name) and annotation.id == "Any"
+
+
+class Reader:
+    """Walks one module, function by function, and notes what each expression is."""
+
+    def __init__(self, known: Surface) -> None:
+        self.known = known
+        self.uses: list[Use] = []
+        self.guards: set[str] = set()
+        self.attributes: dict[str, str] = {}
+        self.returned: dict[str, str] = {}
+
+    def module(self, tree: ast.Module) -> None:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.AnnAssign) and is_any(node.annotation):
+                name = ast.unparse(node.target).rpartition(".")[2]
+                if name.lstrip("_") in KINDS:
+                    self.attributes[name] = KINDS[name.lstrip("_")]
+        self.block(tree.body, {})
+
+    def guarded_uses(self) -> set[Use]:
+        """Uses behind `hasattr(..., "name")`."""
+        return {use for use in self.uses if use.name in self.guards}
+
+    def block(self, body: list[ast.stmt], names: dict[str, str]) -> None:
+        for statement in body:
+            self.statement(statement, names)
+
+    def statement(self, node: ast.AST, names: dict[str, str]) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inner = dict(names)
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            for argument in arguments:
+                inner.pop(argument.arg, None)
+                if is_any(argument.annotation) and argument.arg in KINDS:
+                    inner[argument.arg] = KINDS[argument.arg]
+            self.block(node.body, inner)
+        elif isinstance(node, ast.ClassDef):
+            for base in node.bases:
+                kind = self.kind(base, names)
+                if kind is not None and kind.startswith("type:"):
+                    self.overrides(node, kind.removeprefix("type:"))
+            self.block(node.body, names)
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            kind = self.kind(node.value, names) if node.value is not None else None
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                self.assign(target, kind, names)
+        else:
+            if isinstance(node, ast.For | ast.comprehension):
+                self.loop(node.target, names)
+            for child in ast.iter_child_nodes(node):
+                if isinstance(child, ast.expr):
+                    self.kind(child, names)
+                else:
+                    self.statement(child, names)
+
+    def loop(self, target: ast.expr, names: dict[str, str]) -> None:
+        """What comes out of a sequence has no annotation: its name alone says what it is."""
+        for part in target.elts if isinstance(target, ast.Tuple) else [target]:
+            if isinstance(part, ast.Name):
+                names.pop(part.id, None)
+                if part.id in KINDS:
+                    names[part.id] = KINDS[part.id]
+
+    def overrides(self, node: ast.ClassDef, base: str) -> None:
+        for function in node.body:
+            if isinstance(function, ast.FunctionDef):
+                self.uses.append(Use(base, function.name, function.lineno, "define"))
+
+    def assign(self, target: ast.expr, kind: str | None, names: dict[str, str]) -> None:
+        if isinstance(target, ast.Attribute) and target.attr == "__class__":
+            if kind is not None:  # TensorRT's way to see a layer as what it is
+                names[ast.unparse(target.value)] = kind.removeprefix("type:")
+        elif isinstance(target, ast.Attribute):
+            owner = self.kind(target.value, names)
+            if owner is not None and ":" not in owner and owner != MODULE:
+                self.uses.append(Use(owner, target.attr, target.lineno, "set"))
+            elif kind is not None and ast.unparse(target.value) == "self":
+                self.attributes[target.attr] = kind
+        elif isinstance(target, ast.Name):
+            names.pop(target.id, None)
+            if kind is not None:
+                names[target.id] = kind
+        elif isinstance(target, ast.Tuple):
+            for part in target.elts:
+                self.assign(part, None, names)
+
+    def kind(self, node: ast.expr, names: dict[str, str]) -> str | None:
+        """`MODULE`, "type:X", "method:X.m", "enum:X", or the class X an expression is of."""
+        told = names.get(ast.unparse(node)) if isinstance(node, ast.Name | ast.Attribute) else None
+        if isinstance(node, ast.Name):
+            return told or (MODULE if node.id in HOLDERS else None)
+        if isinstance(node, ast.Attribute):
+            return told or self.attribute(node, names)
+        if isinstance(node, ast.Call):
+            return self.call(node, names)
+        inner = dict(names)
+        parts = list(ast.iter_child_nodes(node))
+        for child in sorted(parts, key=lambda part: not isinstance(part, ast.comprehension)):
+            if isinstance(child, ast.expr):
+                found = self.kind(child, inner)
+                if isinstance(node, ast.NamedExpr) and isinstance(node.target, ast.Name):
+                    self.assign(node.target, found, names)
+            elif isinstance(child, ast.comprehension):
+                self.statement(child, inner)
+        return None
+
+    def attribute(self, node: ast.Attribute, names: dict[str, str]) -> str | None:
+        owner = self.kind(node.value, names)
+        if owner is None:
+            return MODULE if node.attr in HOLDERS else self.attributes.get(node.attr)
+        if owner == MODULE:
+            self.uses.append(Use("", node.attr, node.lineno))
+            return f"type:{node.attr}"
+        if owner.startswith(("method:", "enum:")):
+            return None  # a value's own `.name`, which is Python's
+        owner = owner.removeprefix("type:")
+        if node.attr == "__class__":
+            return None
+        self.uses.append(Use(owner, node.attr, node.lineno))
+        kind = self.known.member(owner, node.attr)
+        if kind == "method":
+            return f"method:{owner}.{node.attr}"
+        if kind in ("value", "enum"):
+            return f"enum:{owner}" if kind == "value" else f"type:{owner}.{node.attr}"
+        return self.known.returns(owner, node.attr)
+
+    def call(self, node: ast.Call, names: dict[str, str]) -> str | None:
+        function = self.kind(node.func, names)
+        for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
+            self.kind(argument, names)
+        if isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr"):
+            name = node.args[1]
+            if not self.kind(node.args[0], names):
+                return None
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                self.guards.add(name.value)
+        if function is None:
+            return None
+        if function.startswith("type:"):
+            owner, name, result = function.removeprefix("type:"), "__init__", None
+            if owner not in self.known.classes:
+                return None  # a function, or an enumeration's conversion
+            result = owner
+        elif function.startswith("method:"):
+            owner, _, name = function.removeprefix("method:").rpartition(".")
+            result = self.known.returns(owner, name)
+        else:
+            return None
+        keywords = tuple(keyword.arg or "" for keyword in node.keywords)
+        explicit_self = name == "__init__" and function.startswith("method:")
+        count = len(node.args) - explicit_self
+        self.uses.append(Use(owner, name, node.lineno, "call", count, keywords))
+        return result
+
+
+def problem(use: Use, release: Surface) -> str | None:
+    """Why a release does not have what is used; None where it does."""
+    if not use.owner:
+        return None if release.top(use.name) else "no such name in the module"
+    if use.how == "define":
+        if use.name == "__init__" or release.member(use.owner, use.name) == "method":
+            return None
+        return "overrides what is no method"
+    if not release.member(use.owner, use.name):
+        return "no such member"
+    if use.how == "set" and not release.settable(use.owner, use.name):
+        return "cannot be set"
+    if use.how == "call":
+        overloads = release.overloads(use.owner, use.name)
+        if overloads and not any(fits(use, overload) for overload in overloads):
+            return f"no overload takes {use.positional} arguments and {use.keywords}"
+    return None
+
+
+def fits(use: Use, overload: tuple[tuple[str, bool], ...]) -> bool:
+    """Whether a call has all the parameters without defaults, and none that there is not."""
+    rest = overload[use.positional :]
+    needed = {name for name, default in rest if not default}
+    return (
+        use.positional <= len(overload)
+        and set(use.keywords) <= {name for name, _ in rest}
+        and needed <= set(use.keywords)
+    )
