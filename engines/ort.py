@@ -1,7 +1,7 @@
 """ONNX Runtime: the portable engine. Processor by default, CUDA where `onnxruntime-gpu` is.
 
 Tensors are bound by address (IO binding): nothing is copied on the way in or out, and on CUDA
-nothing goes through the host. Initialisers are mapped from the bundle's weights file.
+nothing goes through the host. On processors ONNX Runtime repacks the weights in memory of its own.
 """
 
 from collections.abc import Mapping
@@ -136,7 +136,8 @@ def require_cuda() -> None:
         raise IncompatibleError(
             "this onnxruntime has no CUDA provider",
             got=", ".join(ort.get_available_providers()),
-            do="pip uninstall onnxruntime && pip install 'lcexport[gpu]'",
+            do="Both wheels hold the same files, so: pip uninstall -y onnxruntime onnxruntime-gpu "
+            "&& pip install onnxruntime-gpu",
         )
     if not torch.cuda.is_available():
         raise IncompatibleError(

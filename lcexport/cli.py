@@ -142,10 +142,12 @@ def plan(
 def show_the_plan(options: "BuildOptions", as_json: bool) -> None:
     """Print the plan, then refuse if disk or memory will not do."""
     from lcexport.builder import make_plan, refuse_shortage
-    from lcexport.checkpoint import open_checkpoint
+    from lcexport.checkpoint import check_tensors, open_checkpoint
     from lcexport.show import show_json, show_plan
 
-    made = make_plan(open_checkpoint(options.model), options)
+    checkpoint = open_checkpoint(options.model)
+    check_tensors(checkpoint)
+    made = make_plan(checkpoint, options)
     if as_json:
         show_json(made.as_dict())
     else:
@@ -253,6 +255,9 @@ def generate(
         float | None, typer.Option(help="1 for none; the preset's by default.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    check_hashes: Annotated[
+        bool, typer.Option("--check-hashes", help="Hash the large files too, before opening them.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a video from a prompt."""
@@ -262,6 +267,9 @@ def generate(
     from lcexport.show import show_json, show_video
 
     manifest = read_manifest(bundle)
+    check_suffix(out, ".mp4")
+    if contact_sheet:
+        check_suffix(contact_sheet, ".png")
     refuse_existing(out, *([contact_sheet] if contact_sheet else []))
     with (
         load(
@@ -269,6 +277,7 @@ def generate(
             res or next(iter(manifest.graphs)),
             backend or manifest.default_backend,
             device,
+            check_hashes=check_hashes,
             offload=offload,  # pyright: ignore[reportArgumentType]  # checked by `load`
         ) as pipe,
         progress_bars() as bar,
@@ -364,6 +373,12 @@ def version() -> None:
     import lcexport
 
     sys.stdout.write(f"lcexport {lcexport.__version__}\n")
+
+
+def check_suffix(path: Path, suffix: str) -> None:
+    """Refuse before an hour's work what could not be written after it."""
+    if path.suffix.lower() != suffix:
+        raise UsageError("unknown kind of file", got=repr(str(path)), wanted=f"a {suffix} file")
 
 
 def names(text: str | None) -> tuple[str, ...] | None:

@@ -168,7 +168,9 @@ def show_verification(report: Report) -> None:
                 rows.add_row(*check_cells(check))
         out.print(rows)
     failed = len(report.failed)
-    out.print("verified" if report.ok else f"{failed} checks failed", style="bold")
+    skipped = sum(check.ok is None for check in report.checks)
+    verdict = "verified" if report.ok else f"{failed} checks failed"
+    out.print(verdict + (f", {skipped} not run" if skipped else ""), style="bold")
 
 
 def show_video(video: Video, path: Path, contact_sheet: Path | None) -> None:

@@ -6,6 +6,7 @@ Every python, TOML and py.typed file of the packages in the tree must be in the 
 byte, and nothing beside them but the wheel's own metadata. Exit code 1 names what is wrong.
 """
 
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -33,8 +34,9 @@ def main(wheel: Path) -> int:
 
 def files_of_packages() -> dict[str, bytes]:
     """Path in the wheel -> content. The links in lcexport/ are followed: a wheel has no links."""
-    package = ROOT / "lcexport"
-    folders = [package, *(path for path in package.iterdir() if path.is_dir())]
+    # os.walk, because Path.rglob stops at links to folders.
+    walked = os.walk(ROOT / "lcexport", followlinks=True)
+    folders = [Path(folder) for folder, _, _ in walked]
     found = {path for folder in folders for shipped in SHIPPED for path in folder.glob(shipped)}
     return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in sorted(found)}
 

@@ -102,6 +102,11 @@ def options_from(
         raise UsageError(f"{where}: {message}" if where else message) from error
 
 
+def staging_folder(output: Path) -> Path:
+    """Where a bundle grows before it has its name."""
+    return output.with_name(f"{output.name}.building")
+
+
 def default_model() -> Path:
     """$LCEXPORT_MODEL, or weights/LongCat-Video."""
     return Path(os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL)

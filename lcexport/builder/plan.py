@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lcexport.builder.memory import available_memory_bytes
-from lcexport.builder.options import BuildOptions
+from lcexport.builder.options import BuildOptions, staging_folder
 from lcexport.checkpoint import Checkpoint, expected_tensors, is_island
 from lcexport.configs import Preset
 from lcexport.configs.dit import DiTConfig
@@ -68,6 +68,8 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     disk += 0 if options.add else weights + sum(components.values())
     disk += weights * len(sizes) * len(options.compiled)  # a plan is as large as its weights
     disk += golden if options.only == "all" else 0
+    if options.resume and (unfinished := staging_folder(options.output)).is_dir():
+        disk = max(0, disk - tree_bytes(unfinished))  # what is there already was paid for
     largest = max(step_bytes(size) for size in sizes)
     memory = max(EXPORT_BYTES, CONVERT_BYTES)
     if options.only == "all":
@@ -101,8 +103,9 @@ def refuse_shortage(plan: Plan) -> None:
             "this machine's memory will not do for this build",
             got=f"{gigabytes(plan.memory_free_bytes)} available",
             wanted=gigabytes(plan.build_memory_bytes),
-            do="The golden outputs need the whole model in memory. `--only export` writes weights "
-            "and graphs without them, in under 1 GB.",
+            do="The reference outputs need the whole model in memory, and attention on a processor "
+            "keeps its scores. `--only export` writes weights and graphs in under 1 GB; a GPU "
+            "(--precision bf16 --device cuda) needs no scores.",
         )
 
 

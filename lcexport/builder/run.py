@@ -24,9 +24,12 @@ from lcexport.builder.stages import (
 from lcexport.builder.staging import Addition, DoneStage, NewBundle, StageOutput, Workplace
 from lcexport.checkpoint import Checkpoint, check_tensors, open_checkpoint
 from lcexport.configs import Preset
+from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import UsageError
 from lcexport.engines import require_backend
 from lcexport.engines.bundle import (
+    COMPONENTS,
+    DIT_CONFIG,
     Bundle,
     FileRecord,
     GraphRecord,
@@ -56,21 +59,27 @@ def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bu
     check_tensors(checkpoint)
     check_environment(checkpoint, options)
     refuse_shortage(make_plan(checkpoint, options))
-    old = None
-    place: Workplace
     if options.add:
-        old = open_bundle(options.output).manifest
-        check_addition(old, options)
-        names = [make(p) for p in options.presets for make in (graph_name, golden_name)]
-        names += [plans_folder(b, p.name) for b in options.compiled for p in options.presets]
-        place = Addition(options.output, names)
-    else:
-        fingerprint = {**options.fingerprint(), "source": source_identity(checkpoint)}
-        place = NewBundle(options.output, fingerprint, resume=options.resume)
-    with place:
-        manifest = run_stages(place, checkpoint, options, old, report)
-        place.publish(manifest)
+        with Addition(options.output) as addition:
+            # Under the lock: another builder may have added to the bundle a moment ago.
+            old = addable_bundle(checkpoint, options)
+            addition.claim(made_by(options))
+            addition.publish(run_stages(addition, checkpoint, options, old, report))
+        return open_bundle(options.output)
+    fingerprint = {
+        **options.fingerprint(),
+        "source": source_identity(checkpoint),
+        "versions": versions(options.backends),
+    }
+    with NewBundle(options.output, fingerprint, resume=options.resume) as place:
+        place.publish(run_stages(place, checkpoint, options, None, report))
     return open_bundle(options.output)
+
+
+def made_by(options: BuildOptions) -> list[str]:
+    """The files and folders that adding these resolutions makes."""
+    names = [make(p) for p in options.presets for make in (graph_name, golden_name)]
+    return names + [plans_folder(b, p.name) for b in options.compiled for p in options.presets]
 
 
 def run_stages(
@@ -182,14 +191,16 @@ def grown(manifest: Manifest, done: DoneStage, record: GraphRecord) -> Manifest:
 
 def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:
     """Refuse now what a later stage would refuse after an hour: components, device, backends."""
-    if options.only == "all":
+    if options.only == "all" and not options.add:
         require_components(checkpoint)
     for backend in options.compiled + options.engines:
         require_backend(backend, options.precision, options.device)
 
 
-def check_addition(manifest: Manifest, options: BuildOptions) -> None:
-    """An added resolution must share the bundle's weights, and be new."""
+def addable_bundle(checkpoint: Checkpoint, options: BuildOptions) -> Manifest:
+    """The bundle's manifest, where this checkpoint's graphs may be added to it."""
+    bundle = open_bundle(options.output)
+    manifest = bundle.manifest
     for field in ("precision", "islands"):
         if getattr(manifest, field) != getattr(options, field):
             raise UsageError(
@@ -197,8 +208,18 @@ def check_addition(manifest: Manifest, options: BuildOptions) -> None:
                 got=getattr(options, field),
                 wanted=getattr(manifest, field),
             )
+    if DiTConfig.from_json(bundle.path(DIT_CONFIG)) != checkpoint.config:
+        raise UsageError(
+            f"the bundle {options.output} was made from another model",
+            got=f"the configuration of {checkpoint.folder}",
+        )
     for preset in options.presets:
         if preset.name in manifest.graphs:
             raise UsageError(f"the bundle {options.output} has {preset.name} already")
-        taken = {graph_name(preset), golden_name(preset)} & set(manifest.files)
-        assert not taken, f"files of an absent graph: {taken}"
+    parts = {name.split("/")[0] for name in manifest.files}
+    if options.only == "all" and (missing := [name for name in COMPONENTS if name not in parts]):
+        raise UsageError(
+            f"the bundle {options.output} was exported without {', '.join(missing)}",
+            do="Add to it with --only export, or build a whole one.",
+        )
+    return manifest

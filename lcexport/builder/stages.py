@@ -34,6 +34,13 @@ from lcexport.engines.files import CHUNK_BYTES, new_file, sha256_of, write_bytes
 from lcexport.golden import make_golden, read_golden, run_branch
 from lcexport.graph import GraphSpec, onnx_from_dit, prove_precision, save_graph
 
+# Component -> its configuration, and whether it has weights.
+COMPONENT_FILES = {
+    "text_encoder": ("config.json", True),
+    "tokenizer": ("tokenizer_config.json", False),
+    "vae": ("config.json", True),
+    "scheduler": ("scheduler_config.json", False),
+}
 BULK = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Progress = Callable[[int, int], None]
 
@@ -80,7 +87,12 @@ def components_stage(checkpoint: Checkpoint, folder: Path) -> StageOutput:
 
 
 def require_components(checkpoint: Checkpoint) -> None:
-    """A bundle that generates needs more than the DiT; InputError names what is missing."""
+    """A bundle that generates needs more than the DiT, and needs it whole.
+
+    Raises:
+        InputError: a component is missing, has no configuration or no weights, or a weight file
+            is damaged; names it.
+    """
     missing = [name for name in COMPONENTS if name not in checkpoint.components]
     if missing:
         raise InputError(
@@ -88,6 +100,22 @@ def require_components(checkpoint: Checkpoint) -> None:
             wanted=f"folders {', '.join(COMPONENTS)} beside the DiT",
             do="Complete the download, or export the DiT alone with --only export.",
         )
+    for source in checkpoint.components.values():
+        for path in source.rglob("*"):
+            if path.is_symlink() and not path.exists():
+                raise InputError(f"{path} is a link to nothing", do="Download it again.")
+    for component, (config, weighty) in COMPONENT_FILES.items():
+        folder = checkpoint.components[component]
+        weights = sorted(folder.glob("*.safetensors"))
+        wanted = config if (folder / config).is_file() else None
+        if wanted is None or (weighty and not weights):
+            raise InputError(
+                f"{folder} is incomplete",
+                wanted=config if wanted is None else "weights in a .safetensors file",
+                do="Download it again.",
+            )
+        for path in weights:
+            read_header(path)
 
 
 def graph_stage(preset: Preset, options: BuildOptions, folder: Path) -> StageOutput:
@@ -213,6 +241,9 @@ def golden_name(preset: Preset) -> str:
 def versions(backends: tuple[str, ...]) -> dict[str, str]:
     """Versions of this tool and of the libraries that shaped the bundle."""
     names = ["lcexport", "torch", "onnx", "onnx-ir", "onnxscript", "safetensors"]
+    found = {name: version(name) for name in names}
     if any(backend_module(backend).endswith(".ort") for backend in backends):
-        names.append("onnxruntime")
-    return {name: version(name) for name in names}
+        import onnxruntime  # the module's own word: two distributions carry it
+
+        found["onnxruntime"] = onnxruntime.__version__
+    return found

@@ -18,7 +18,14 @@ from typing import Protocol, Self
 from pydantic import BaseModel, ConfigDict
 
 from lcexport.builder.memory import peak_rss_bytes, reset_peak_rss
-from lcexport.configs.errors import InputError, LockedError, ResourceError
+from lcexport.builder.options import staging_folder
+from lcexport.configs.errors import (
+    InputError,
+    IntegrityError,
+    LockedError,
+    ResourceError,
+    UsageError,
+)
 from lcexport.engines.bundle import MANIFEST, FileRecord, Manifest, StageRecord
 from lcexport.engines.files import resource_errors, sync_folder, write_bytes
 
@@ -80,7 +87,8 @@ class NewBundle:
 
     def __init__(self, output: Path, fingerprint: Mapping[str, object], *, resume: bool) -> None:
         self.output = output
-        self.folder = output.with_name(f"{output.name}.building")
+        refuse_occupied(output)
+        self.folder = staging_folder(output)
         self.journal = Journal(fingerprint=dict(fingerprint))
         self._resume = resume
         self._lock = FolderLock()
@@ -119,9 +127,10 @@ class NewBundle:
     def publish(self, manifest: Manifest) -> None:
         """Write the manifest and give the whole folder its name, in one rename."""
         with resource_errors(self.output):
-            write_bytes(self.folder / MANIFEST, manifest_json(manifest))
-            (self.folder / JOURNAL).unlink()
+            # Replace: a build killed between this and the rename resumes here.
+            write_bytes(self.folder / MANIFEST, manifest_json(manifest), replace=True)
             self.folder.rename(self.output)  # over an empty folder, or none
+            (self.output / JOURNAL).unlink()
             sync_folder(self.output.parent)
 
     def _continue(self) -> None:
@@ -173,20 +182,29 @@ class NewBundle:
 
 
 class Addition:
-    """A resolution in the making inside a finished bundle. Left by an error, it leaves no trace.
+    """A resolution in the making inside a finished bundle. Left by an error, it leaves no trace."""
 
-    `names` are the files and folders it will make: only those are taken away again, so that
-    nothing else that a user keeps in the bundle is ever touched.
-    """
-
-    def __init__(self, output: Path, names: Iterable[str]) -> None:
+    def __init__(self, output: Path) -> None:
         self.folder = output
-        self._made = [output / name for name in names]
+        self._made: list[Path] = []
         self._lock = FolderLock()
 
     def __enter__(self) -> Self:
+        if not (self.folder / MANIFEST).is_file():
+            raise IntegrityError(f"--add needs a bundle, and {self.folder} is not a bundle")
         self._lock.take(self.folder, self.folder)
         return self
+
+    def claim(self, names: Iterable[str]) -> None:
+        """Name the files and folders that will be made, none of which the bundle has.
+
+        Only those are ever taken away again: nothing else that a user keeps in the bundle, and
+        nothing that another addition put there. What a killed one left half-written goes now.
+        """
+        self._made = [self.folder / name for name in names]
+        for path in self._made:
+            for partial in path.parent.glob(f".{path.name}.*.partial"):
+                partial.unlink()
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:
@@ -219,7 +237,13 @@ class FolderLock:
 
     def take(self, folder: Path, output: Path) -> None:
         """Lock, or raise LockedError: somebody builds here, or just renamed the folder away."""
-        descriptor = os.open(folder, os.O_RDONLY)
+        held = LockedError(
+            f"another build is writing {output}", do="Wait for it, or name another -o."
+        )
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError as error:  # renamed or removed by its builder just now
+            raise held from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             same = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
@@ -227,9 +251,7 @@ class FolderLock:
             same = False
         if not same:
             os.close(descriptor)
-            raise LockedError(
-                f"another build is writing {output}", do="Wait for it, or name another -o."
-            )
+            raise held
         self._descriptor = descriptor
 
     def release(self) -> None:
@@ -240,6 +262,8 @@ class FolderLock:
 
 def refuse_occupied(output: Path) -> None:
     """A new bundle needs a free name or an empty folder."""
+    if output.name in ("", ".."):
+        raise UsageError("the output needs a name of its own", got=repr(str(output)))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ResourceError(
             "the output folder is not empty",

@@ -215,6 +215,7 @@ class LongCatDiT(nn.Module):
             UsageError: a shape the model cannot take.
         """
         geometry = self.geometry(hidden_states, timestep, num_cond_latents)
+        self.check_text(encoder_hidden_states, encoder_attention_mask, geometry.batch)
         if timestep.ndim == 1:
             timestep = timestep.unsqueeze(1).expand(-1, geometry.frames)
         device = hidden_states.device
@@ -229,6 +230,23 @@ class LongCatDiT(nn.Module):
         for block in self.blocks:
             x = block(x, text, time, cos, sin, text_mask, geometry)
         return self.final_layer(x, time, geometry)
+
+    def check_text(self, text: Tensor, mask: Tensor | None, batch: int) -> None:
+        """UsageError unless text is [B, 1, L, C_text] and the mask [B, L]: both would broadcast."""
+        channels = self.config.caption_channels
+        if text.ndim != 4 or (text.shape[0], text.shape[1], text.shape[3]) != (batch, 1, channels):
+            raise UsageError(
+                "encoder_hidden_states has the wrong shape",
+                got=list(text.shape),
+                wanted=f"[{batch}, 1, L, {channels}]",
+                do="The order is hidden_states, encoder_hidden_states, timestep.",
+            )
+        if mask is not None and tuple(mask.shape) != (batch, text.shape[2]):
+            raise UsageError(
+                "encoder_attention_mask has the wrong shape",
+                got=list(mask.shape),
+                wanted=[batch, text.shape[2]],
+            )
 
     def geometry(self, hidden_states: Tensor, timestep: Tensor, num_cond_latents: int) -> Geometry:
         """Sizes of this call, or UsageError where the model cannot take them."""

@@ -73,6 +73,8 @@ def later_levels(
     device: str,
 ) -> Iterator[Check]:
     """Every row after the hashes, level by level, resolution by resolution."""
+    if not engines and levels != ("hash",):
+        yield Check("load", "", "", "engines", {}, "not run: none was built; name --backend", None)
     for level in levels:
         for size in sizes:
             if level == "module":

@@ -278,7 +278,48 @@ def test_a_component_that_links_to_nothing_is_not_left_out(demo_options, checkpo
     options = demo_options.model_copy(update={"model": checkpoint, "output": place / "out"})
     with pytest.raises(InputError, match=r"vae/config\.json is a link to nothing"):
         build(options)
-    assert [path.name for path in place.iterdir()] == ["out.building"]  # the weights, for --resume
+    assert list(place.iterdir()) == []  # said before the first stage
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("vae/diffusion_pytorch_model.safetensors", "is incomplete"),
+        ("text_encoder/model.safetensors", "is incomplete"),
+        ("scheduler/scheduler_config.json", "scheduler_config.json"),
+        ("tokenizer/tokenizer_config.json", "tokenizer_config.json"),
+    ],
+)
+def test_a_component_that_lacks_a_file(demo_options, checkpoint, place, name, match):
+    (checkpoint / name).unlink()
+    options = demo_options.model_copy(update={"model": checkpoint, "output": place / "out"})
+    with pytest.raises(InputError, match=match):
+        build(options)
+    assert list(place.iterdir()) == []
+
+
+def test_a_component_that_is_truncated(demo_options, checkpoint, place):
+    path = checkpoint / "vae/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    options = demo_options.model_copy(update={"model": checkpoint, "output": place / "out"})
+    with pytest.raises(InputError, match="truncated"):
+        build(options)
+    assert list(place.iterdir()) == []
+
+
+def test_the_islands_and_the_batch_asked_for_are_built(demo_options, place):
+    shared = {"only": "export", "precision": "bf16"}
+    for islands in ("checkpoint", "original"):
+        output = place / islands
+        build(demo_options.model_copy(update={**shared, "islands": islands, "output": output}))
+    files = [load_file(place / islands / WEIGHTS) for islands in ("checkpoint", "original")]
+    name = "final_layer.proj.weight"
+    assert torch.equal(files[1][name], files[0][name].bfloat16().float())
+    assert not torch.equal(files[1][name], files[0][name])
+    build(demo_options.model_copy(update={**shared, "batch": 2, "output": place / "batch"}))
+    graph = read_manifest(place / "batch").graphs[SIZE]
+    assert graph.batch == 2
+    assert {tensor.shape[0] for tensor in graph.inputs} == {2}
 
 
 def test_an_output_that_is_not_empty_is_left_alone(demo_options, place):

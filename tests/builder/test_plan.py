@@ -117,7 +117,7 @@ def test_an_export_needs_little_memory_whatever_the_model(demo_checkpoint, optio
         ({"presets": ()}, "at least 1 item"),
         ({"presets": (preset_from("480p"), preset_from("480p"))}, "named twice"),
         ({"batch": 0}, "greater than or equal to 1"),
-        ({"only": "engines"}, "'all' or 'export'"),
+        ({"only": "engines"}, "'compile' or 'export'"),
         ({"surprise": 1}, "Extra inputs"),
     ],
 )
