@@ -20,6 +20,7 @@ GUIDANCE_SCALE = 4.0
 RMS_RANGE = (1e-3, 1e2)  # x0 - noise of normalised latents: about 1 for a trained model
 TEXT_EFFECT = 1e-5  # relative; the text of the two branches differs in every token
 AGREEMENT = 0.1  # relative distance from eager's own value
+CHANGE_SLACK = 0.02  # the effect of CFG-zero is (s - 1), a small difference of large numbers
 IDENTITY = 1e-3  # relative error allowed in the identity below
 ALIGNMENT = 0.999
 SCALE_LIMIT = 1e3
@@ -47,8 +48,9 @@ def diagnose(
         finite = all(math.isfinite(number) for number in got.values())
         return Check("step", resolution, engine.backend, name, got, wanted, ok and finite)
 
-    def near(measure: str) -> bool:
-        return abs(found[measure] - wanted[measure]) <= AGREEMENT * abs(wanted[measure])
+    def near(measure: str, slack: float = 0.0) -> bool:
+        apart = abs(found[measure] - wanted[measure])
+        return apart <= AGREEMENT * abs(wanted[measure]) + slack
 
     def like_eager(measure: str) -> str:
         return f"{wanted[measure]:.4g} +- {AGREEMENT:.0%}"
@@ -70,8 +72,9 @@ def diagnose(
         row(
             "CFG-zero against plain guidance",
             {"relative_change": change, "identity_error": error},
-            f"relative_change {like_eager('change')}, identity_error <= {IDENTITY:g}",
-            error <= IDENTITY and near("change"),
+            f"relative_change {like_eager('change')} +- {CHANGE_SLACK}, "
+            f"identity_error <= {IDENTITY:g}",
+            error <= IDENTITY and near("change", CHANGE_SLACK),
         ),
         row(
             "effect of the negation",
