@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lcexport.configs.errors import IntegrityError, LcexportError, UsageError, VerificationError
+from lcexport.configs.errors import (
+    IntegrityError,
+    LcexportError,
+    ResourceError,
+    UsageError,
+    VerificationError,
+)
 
 # Everything heavy is imported inside the command that needs it, so that --help is immediate.
 if TYPE_CHECKING:
@@ -410,7 +416,10 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         # Not click's standalone mode: it would turn an interruption into exit code 1.
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer's own answer to Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
     except LcexportError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
@@ -418,5 +427,8 @@ def main() -> None:
         sys.stderr.write(f"error: {error} See `lcexport --help`.\n")
         sys.exit(UsageError.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("interrupted; a build continues with --resume\n")
+        sys.stderr.write("interrupted; an unfinished build continues with --resume\n")
         sys.exit(INTERRUPTED)
+    except OSError as error:  # a file that cannot be read, for one
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(ResourceError.exit_code)

@@ -123,7 +123,7 @@ def test_bfloat16_on_a_processor_says_what_to_do(bundle):
 
 def test_cuda_without_its_provider_says_what_to_install(bundle, monkeypatch):
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(IncompatibleError, match=r"no CUDA provider.*lcexport\[gpu\]"):
+    with pytest.raises(IncompatibleError, match=r"no CUDA provider.*pip install onnxruntime-gpu"):
         open_engine("onnxruntime", bundle, SIZE, "cuda")
 
 

@@ -6,8 +6,8 @@ from importlib import import_module
 
 import pytest
 
-from lcexport.configs.errors import UsageError
-from lcexport.engines import BACKENDS, backend_module, open_engine
+from lcexport.configs.errors import IncompatibleError, UsageError
+from lcexport.engines import BACKENDS, COMPILED, backend_module, open_engine
 from lcexport.engines.bundle import open_bundle
 
 
@@ -18,15 +18,23 @@ def test_every_backend_opens_engines(backend):
 
 @pytest.mark.parametrize("name", ["", "ort", "ONNXRUNTIME", "os"])
 def test_an_unknown_backend_is_told_the_known_ones(demo_bundle, name):
-    with pytest.raises(UsageError, match="one of onnxruntime, eager") as caught:
+    with pytest.raises(
+        UsageError, match="one of onnxruntime, tensorrt, tensorrt-rtx, eager"
+    ) as caught:
         open_engine(name, open_bundle(demo_bundle), "64x96x9")
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["onnxruntime", "eager"])
 def test_an_unknown_resolution_is_told_the_known_ones(demo_bundle, backend):
     with pytest.raises(UsageError, match="got '480p'; wanted one of 64x96x9"):
         open_engine(backend, open_bundle(demo_bundle), "480p")
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_a_compiled_backend_refuses_a_float32_bundle(demo_bundle, backend):
+    with pytest.raises(IncompatibleError, match="--precision bf16"):
+        open_engine(backend, open_bundle(demo_bundle), "64x96x9")
 
 
 def test_the_contract_imports_no_backend():
