@@ -1,0 +1,122 @@
+"""`build` and `plan`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lcexport.cli.app import DeviceOption, IslandsOption, JsonOption, app, names, progress_bars
+
+if TYPE_CHECKING:
+    from lcexport.builder import BuildOptions
+
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        help="The checkpoint's folder; $LCEXPORT_MODEL or weights/LongCat-Video by default.",
+    ),
+]
+ResOption = Annotated[
+    str,
+    typer.Option(help="Presets or HEIGHTxWIDTHxFRAMES, separated by commas."),
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="The bundle; bundles/<name> by default.")
+]
+PrecisionOption = Annotated[
+    str, typer.Option(help="fp32, or bf16 with the sensitive parts kept in fp32.")
+]
+BackendsOption = Annotated[str, typer.Option("--backend", help="Engines, separated by commas.")]
+BatchOption = Annotated[int, typer.Option(help="Samples per call of the engine.")]
+OnlyOption = Annotated[
+    str,
+    typer.Option(
+        help="`export` stops after weights and graphs, `compile` after the engines; `all` also "
+        "runs them against eager torch."
+    ),
+]
+SegmentsOption = Annotated[
+    int, typer.Option(help="Plans per TensorRT engine; 0 for as few as this memory allows.")
+]
+TargetsOption = Annotated[
+    str | None, typer.Option(help="GPUs to compile for, such as sm89,sm120; tensorrt-rtx only.")
+]
+
+
+@app.command()
+def build(
+    model: ModelOption = None,
+    res: ResOption = "480p",
+    output: OutputOption = None,
+    precision: PrecisionOption = "fp32",
+    islands: IslandsOption = "checkpoint",
+    backend: BackendsOption = "onnxruntime",
+    batch: BatchOption = 1,
+    device: DeviceOption = "cpu",
+    only: OnlyOption = "all",
+    segments: SegmentsOption = 0,
+    targets: TargetsOption = None,
+    add: Annotated[bool, typer.Option("--add", help="Add the resolution to a bundle.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a killed build.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only, like `plan`.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a checkpoint into a bundle: one weights file, a graph per resolution, engines."""
+    from lcexport.builder import build as run_build
+    from lcexport.builder import options_from
+    from lcexport.show import show_built, show_json
+
+    options = options_from(
+        model=model, res=res, output=output, precision=precision, islands=islands,
+        backends=backend, batch=batch, device=device, only=only, segments=segments,
+        compute_capabilities=names(targets) or (), add=add, resume=resume,
+    )  # fmt: skip
+    if dry_run:
+        show_the_plan(options, as_json)
+        return
+    with progress_bars() as bar:
+        bundle = run_build(options, on_progress=bar)
+    if as_json:
+        show_json(bundle.manifest.model_dump(mode="json"))
+    else:
+        show_built(bundle)
+
+
+@app.command()
+def plan(
+    model: ModelOption = None,
+    res: ResOption = "480p",
+    output: OutputOption = None,
+    precision: PrecisionOption = "fp32",
+    islands: IslandsOption = "checkpoint",
+    backend: BackendsOption = "onnxruntime",
+    batch: BatchOption = 1,
+    device: DeviceOption = "cpu",
+    only: OnlyOption = "all",
+    as_json: JsonOption = False,
+) -> None:
+    """Shapes, FLOPs, disk and memory of a build; refuses where the machine will not do."""
+    from lcexport.builder import options_from
+
+    options = options_from(
+        model=model, res=res, output=output, precision=precision, islands=islands,
+        backends=backend, batch=batch, device=device, only=only,
+    )  # fmt: skip
+    show_the_plan(options, as_json)
+
+
+def show_the_plan(options: "BuildOptions", as_json: bool) -> None:
+    """Print the plan, then refuse if disk or memory will not do."""
+    from lcexport.builder import make_plan, refuse_shortage
+    from lcexport.checkpoint import check_tensors, open_checkpoint
+    from lcexport.show import show_json, show_plan
+
+    checkpoint = open_checkpoint(options.model)
+    check_tensors(checkpoint)
+    made = make_plan(checkpoint, options)
+    if as_json:
+        show_json(made.as_dict())
+    else:
+        show_plan(made)
+    refuse_shortage(made)

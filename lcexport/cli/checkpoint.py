@@ -1,0 +1,73 @@
+"""Commands on checkpoints: `validate`, `convert`, `demo-checkpoint`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lcexport.cli.app import IslandsOption, JsonOption, app, progress_bars
+from lcexport.configs.errors import InputError
+
+
+@app.command()
+def validate(
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint's folder.")],
+    scan: Annotated[bool, typer.Option(help="Also read every weight, for NaN.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Say everything that is wrong with a checkpoint, of any layout."""
+    from lcexport.checkpoint import validate as run_validate
+    from lcexport.show import show_validation
+
+    with progress_bars() as bar:
+        report = run_validate(
+            checkpoint, scan=scan, on_progress=lambda done, total: bar("scanning", done, total)
+        )
+    if as_json:
+        sys.stdout.write(report.to_json() + "\n")
+    else:
+        show_validation(report)
+    if not report.ok:
+        raise InputError(f"{checkpoint} is not sound", got=f"{len(report.problems)} problems")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A checkpoint's folder, of any layout.")],
+    destination: Annotated[Path, typer.Argument(help="The new folder.")],
+    to: Annotated[
+        str, typer.Option(help="`native` (FastVideo's names and folders) or `original`.")
+    ] = "native",
+    dtype: Annotated[str, typer.Option(help="`keep`, or `bf16` for the bulk.")] = "keep",
+    islands: IslandsOption = "checkpoint",
+    check: Annotated[bool, typer.Option("--check", help="Read both again and compare.")] = False,
+) -> None:
+    """Convert a checkpoint between the released and FastVideo's names and folders."""
+    from lcexport.checkpoint import convert as run_convert
+    from lcexport.show import show_conversion
+
+    # `convert` checks these itself and says what it knows.
+    choices: dict[str, Any] = {"to": to, "dtype": dtype, "islands": islands}
+    with progress_bars() as bar:
+        report = run_convert(
+            source,
+            destination,
+            check=check,
+            on_progress=lambda done, total: bar("converting", done, total),
+            **choices,
+        )
+    show_conversion(report)
+
+
+@app.command("demo-checkpoint")
+def demo_checkpoint(
+    folder: Annotated[Path, typer.Argument(help="The new folder.")],
+) -> None:
+    """Write a small, complete, untrained checkpoint in the released layout."""
+    from lcexport.demo import make_demo_checkpoint
+    from lcexport.show import out
+
+    make_demo_checkpoint(folder)
+    out.print(f"A demo checkpoint is in {folder}. Next:")
+    out.print(f"  lcexport build --model {folder} --res demo", highlight=False)
