@@ -286,13 +286,8 @@ class NetworkCheck:
         return {str(m.raw.name) for m in makers if m is not None and m.kind == "CONSTANT"}
 
     def check_norm(self, layer: Layer) -> None:
-        """Norms, means, roots, sines: float32 in and out.
-
-        Numbers without dimensions are left out: the parser takes the square root of attention's
-        scale in attention's own type.
-        """
-        low = layer.dtypes & LOW
-        if low and any(len(tensor.shape) for tensor in layer.outputs):
+        """Norms, means, roots, sines: float32 in and out."""
+        if low := layer.dtypes & LOW:
             self.refuse(f"{layer} is not float32", got=", ".join(sorted(low)))
         if layer.kind == "NORMALIZATION":
             self.count("layer_norms", layer)
@@ -305,11 +300,13 @@ class NetworkCheck:
             self.refuse(f"{layer} is not float32", got=", ".join(sorted(layer.dtypes)))
 
     def check_rounding(self, layer: Layer) -> None:
-        """Only an input, a norm, a turned pair or a finished sum may be rounded."""
+        """Only an input, a norm, a turned pair, a finished sum or the number 1 may be rounded."""
         if dtype_of(layer.inputs[0]) != "float32" or dtype_of(layer.outputs[0]) not in LOW:
             return
-        self.count("roundings", layer)
         source = self.origin(layer.inputs[0])
+        if source is not None and source.kind == "CONSTANT" and self.is_one(source):
+            return  # attention's scale, with which the parser multiplies whatever it is
+        self.count("roundings", layer)
         if source is None or source.kind == "NORMALIZATION":
             return
         if source.kind == "CONCATENATION":  # a turned pair: of sums, not of tables
@@ -335,6 +332,12 @@ class NetworkCheck:
         while layer is not None and layer.kind in MOVES:
             layer = self.makers.get(layer.inputs[0].name)
         return layer
+
+    def is_one(self, layer: Layer) -> bool:
+        """Whether a constant is the one number 1."""
+        layer.raw.__class__ = self.trt.IConstantLayer
+        weights = layer.raw.weights
+        return weights.size == 1 and bool(weights.flat[0] == 1)
 
     def operation(self, layer: Layer) -> Any:
         layer.raw.__class__ = self.trt.IElementWiseLayer

@@ -121,16 +121,25 @@ def gated_add(x_NC: Tensor, gate_FC: Tensor, out_NC: Tensor, geometry: Geometry)
 
 
 class HeadNorm(nn.Module):
-    """RMS norm over the head dimension: FP32 inside, cast, then the weight in the bulk dtype."""
+    """RMS norm over the head dimension: FP32 inside, cast, then the weight in the bulk dtype.
 
-    def __init__(self, head_dim: int) -> None:
+    Args:
+        squared_divisor: what comes out is divided by its root. Attention's 1/sqrt(D) is taken
+            here, on the queries: an engine would apply it to them in the bulk dtype, and bfloat16
+            has no sqrt(sqrt(128)) that is nearer than 0.15%.
+    """
+
+    def __init__(self, head_dim: int, squared_divisor: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(head_dim))
+        self.squared_divisor = squared_divisor
 
     def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + NORM_EPS)
-        return normed.to(x.dtype) * self.weight
+        power = x32.pow(2).mean(-1, keepdim=True) + NORM_EPS
+        if self.squared_divisor != 1:
+            power = power * self.squared_divisor
+        return (x32 * torch.rsqrt(power)).to(x.dtype) * self.weight
 
 
 class AffineNorm(nn.Module):

@@ -27,6 +27,11 @@ from lcexport.dit.layers import (
 )
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T) v: each [B, A, tokens, D]; q is scaled already."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+
+
 class Attention(nn.Module):
     """Projections and head norms shared by self- and cross-attention."""
 
@@ -37,7 +42,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(size, size)
         self.to_v = nn.Linear(size, size)
         self.to_out = nn.Linear(size, size)
-        self.q_norm = HeadNorm(head_dim)
+        self.q_norm = HeadNorm(head_dim, squared_divisor=head_dim)
         self.k_norm = HeadNorm(head_dim)
 
     def heads(self, x: Tensor, batch: int) -> Tensor:
@@ -50,7 +55,10 @@ class Attention(nn.Module):
         return x_BAND.transpose(1, 2).reshape(batch * tokens, heads * dim)
 
     def project(self, x: Tensor, source: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of `x`, keys and values of `source`: each [B, A, tokens, D], q and k normed."""
+        """Queries of `x`, keys and values of `source`: each [B, A, tokens, D], q and k normed.
+
+        The queries carry attention's 1/sqrt(D) already.
+        """
         q = self.q_norm(self.heads(self.to_q(x), batch)).transpose(1, 2)
         k = self.k_norm(self.heads(self.to_k(source), batch)).transpose(1, 2)
         v = self.heads(self.to_v(source), batch).transpose(1, 2)
@@ -65,10 +73,10 @@ class SelfAttention(Attention):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         n0 = geometry.cond_tokens
         if n0 == 0:
-            out = F.scaled_dot_product_attention(q, k, v)
+            out = attend(q, k, v)
         else:
-            cond = F.scaled_dot_product_attention(q[:, :, :n0], k[:, :, :n0], v[:, :, :n0])
-            noise = F.scaled_dot_product_attention(q[:, :, n0:], k, v)
+            cond = attend(q[:, :, :n0], k[:, :, :n0], v[:, :, :n0])
+            noise = attend(q[:, :, n0:], k, v)
             out = torch.cat([cond, noise], dim=2)
         return self.to_out(self.merge(out))
 
@@ -86,7 +94,7 @@ class CrossAttention(Attention):
         if text_mask is not None:
             # Spread over the queries: ONNX Runtime's Attention does not broadcast there.
             keys = text_mask[:, None, None, :].expand(batch, 1, q.shape[2], -1)
-        out = self.to_out(self.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=keys)))
+        out = self.to_out(self.merge(attend(q, k, v, keys)))
         if n0 == 0:
             return out
         # Zero, not the projection of zero: the bias is not added either.

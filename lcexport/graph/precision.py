@@ -9,7 +9,7 @@ of each call; what the exporter wrote down is not believed. Then, per function:
    sum, for one, cannot be bfloat16. The timestep itself is rounded before anything else.
 2. Norms: every normalisation and every root, power, mean, sine or cosine is float32 inside.
 3. Products: a product with an island's weight is float32; every other product, and attention, is
-   in the bulk dtype.
+   in the bulk dtype. Attention scales nothing: that was done to the queries, in float32.
 4. Weights are used as they are stored: never cast, transposed or copied.
 5. Counts: the roundings, the islands' exits and the products are as many as the model has, so
    nothing is rounded twice and nothing that should have been checked is missing.
@@ -202,6 +202,9 @@ def check_product(
     if node.op_type == "Attention":
         used = {dtypes[str(value.name)] for value in node.inputs[:3] if value is not None}
         require(used == {bulk}, f"{function.name}: attention {node.name}", sorted(used))
+        # Any other scale would be multiplied in by the engine, in the bulk dtype.
+        scale = node.attributes.get_float("scale", 0.0)
+        require(scale == 1.0, f"{function.name}: attention {node.name} is scaled by", scale)
         counts["attentions_bulk"] += 1
     elif node.op_type in PRODUCTS:
         require(node.op_type == "Gemm", f"{function.name}: a product is not a Gemm", node.name)

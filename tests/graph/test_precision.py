@@ -239,6 +239,15 @@ def weight_cast(model: ir.Model) -> None:
     cast_result(block, product, BFLOAT16)
 
 
+def attention_that_scales(model: ir.Model) -> None:
+    attention = first(function(model, "Block"), "Attention")
+    attention.attributes["scale"] = ir.AttrFloat32("scale", 128**-0.5)
+
+
+def attention_with_the_scale_left_out(model: ir.Model) -> None:
+    del first(function(model, "Block"), "Attention").attributes["scale"]
+
+
 def without_a_scale(model: ir.Model) -> None:
     block = function(model, "Block")
     norm = first(block, "LayerNormalization").outputs[0]
@@ -314,6 +323,8 @@ def sum_in_the_main_graph(model: ir.Model) -> None:
         (adaln_weight_cast, r"Block: the weight adaln_linear_1\.weight is changed"),
         (adaln_weight_stored_in_bfloat16, "Block: its types contradict each other: .*Gemm"),
         (final_projection_in_bfloat16, r"Final: the product with proj\.weight; got BFLOAT16"),
+        (attention_that_scales, "Block: attention .* is scaled by; got 0.088"),
+        (attention_with_the_scale_left_out, "Block: attention .* is scaled by"),
         (attention_in_float32, "Block: attention node_scaled_dot_product_attention; got FLOAT"),
         (residual_in_float32, "Block: another number"),
         (weight_transposed, r"Block: the weight ffn\.w1\.weight is changed .* got Transpose"),
@@ -321,7 +332,7 @@ def sum_in_the_main_graph(model: ir.Model) -> None:
         (weight_embedded, r"Block: the weight self_attn\.q_norm\.weight is unused"),
         (weight_cast, r"Block: the weight cross_attn\.to_v\.weight is changed .* got Cast"),
         (without_a_scale, "Block: mul is computed and not used"),
-        (without_a_gate, "Block: mul_13 is computed and not used"),
+        (without_a_gate, "Block: mul_14 is computed and not used"),
         (without_modulation, "Block: add_1 is computed and not used"),
         (velocity_in_bfloat16, "Final: new_result rounds too early; got node_permute"),
         (timestep_scaled_before_it_is_rounded, "Embed: new_scale precedes the timestep's rounding"),

@@ -92,9 +92,8 @@ def test_an_unknown_target_is_refused(compile_dit):
 @pytest.mark.parametrize("width", [264, 384])
 def test_a_head_too_wide_to_fuse_is_refused_with_its_layer(compile_text, width, tmp_path: Path):
     tensor = f"bfloat16[1,2,64,{width}]"
-    text = (
-        f"g ({tensor} q, {tensor} k, {tensor} v) => ({tensor} y) {{ [wide] y = Attention(q,k,v) }}"
-    )
+    node = "[wide] y = Attention <scale = 1.0> (q, k, v)"
+    text = f"g ({tensor} q, {tensor} k, {tensor} v) => ({tensor} y) {{ {node} }}"
     with pytest.raises(BuildError, match=f"no fused kernel; got wide.*{width}") as caught:
         compile_text(text, Expectations(attentions=1))
     assert "not built" in str(caught.value)
@@ -107,7 +106,8 @@ def test_float32_attention_is_refused_by_the_compiler_too(
     """Were our own check wrong, the compiler would still not build it unfused."""
     monkeypatch.setattr(compiling, "check_network", unchecked)
     tensor = "float[1,2,64,64]"
-    text = f"g ({tensor} q, {tensor} k, {tensor} v) => ({tensor} y) {{ y = Attention (q, k, v) }}"
+    node = "y = Attention <scale = 1.0> (q, k, v)"
+    text = f"g ({tensor} q, {tensor} k, {tensor} v) => ({tensor} y) {{ {node} }}"
     with pytest.raises(BuildError, match=r"no fused kernel; got .*float32"):
         compile_text(text)
 

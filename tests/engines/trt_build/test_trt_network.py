@@ -91,15 +91,23 @@ def test_attention_in_pieces_is_refused_with_its_layer(check_text):
         check_text(DECOMPOSED)
 
 
-def attention_text(dtype: str = "bfloat16", keys: int = 8, more: str = "") -> str:
+def attention_text(dtype: str = "bfloat16", keys: int = 8, more: str = "scale = 1.0") -> str:
     q, kv = f"{dtype}[1,2,8,16]", f"{dtype}[1,2,{keys},16]"
-    return f"g ({q} q, {kv} k, {kv} v) => ({q} y) {{ [att] y = Attention {more} (q, k, v) }}"
+    return f"g ({q} q, {kv} k, {kv} v) => ({q} y) {{ [att] y = Attention <{more}> (q, k, v) }}"
 
 
 def test_attention_that_may_be_decomposed_is_refused(check_text):
-    text = attention_text(more="<TRT_decomposable = 1>")
+    text = attention_text(more="scale = 1.0, TRT_decomposable = 1")
     with pytest.raises(BuildError, match=r"att.* may be taken apart.*TRT_decomposable"):
         check_text(text, Expectations(attentions=1))
+
+
+@pytest.mark.parametrize(
+    "scale", ["is_causal = 0", "scale = 0.0883883476"], ids=["default", "named"]
+)
+def test_attention_that_would_be_scaled_in_bfloat16_is_refused(check_text, scale):
+    with pytest.raises(BuildError, match=r"is not float32; got bfloat16|leaves float32 too early"):
+        check_text(attention_text(more=scale), Expectations(attentions=1))
 
 
 def test_float16_attention_is_refused_where_it_would_overflow(check_text):
