@@ -64,18 +64,33 @@ class GraphRecord(Frozen):
 
 
 class PlanRecord(Frozen):
-    """One compiled plan: a run of blocks. Inputs and outputs carry the names of the graph."""
+    """One compiled plan: a run of blocks whose tensors carry the names of the graph; or one of the
+    graph's functions, with names of its own, whose `weights` are handed in.
+    """
 
     file: str
-    first_block: int = Field(ge=0)
-    last_block: int = Field(ge=0)
+    first_block: int | None = Field(ge=0)  # None: a function, whatever the block
+    last_block: int | None = Field(ge=0)
     inputs: tuple[TensorRecord, ...]
+    weights: tuple[TensorRecord, ...] = ()
     outputs: tuple[TensorRecord, ...]
     attentions: int = Field(ge=0)
 
 
+class CallRecord(Frozen):
+    """One use of a plan that takes its weights from outside.
+
+    `tensors` gives the graph's name for each of the plan's inputs and outputs; `prefix` makes a
+    weight's name in the bundle's weights file.
+    """
+
+    plan: int = Field(ge=0)
+    prefix: str
+    tensors: dict[str, str]
+
+
 class EngineRecord(Frozen):
-    """A compiled engine: its plans in the order they run, and what they were compiled by and for.
+    """A compiled engine: its plans, their uses in order, and what they were compiled by and for.
 
     `compute_capabilities`, `gpu` and `driver` are empty where the compiler chose its targets and
     no GPU was there. `verified` is whether the engine was run against eager torch where it was
@@ -83,6 +98,7 @@ class EngineRecord(Frozen):
     """
 
     plans: tuple[PlanRecord, ...]
+    calls: tuple[CallRecord, ...] = ()  # none: each plan once, in order
     product: str
     version: str
     platform: str

@@ -59,7 +59,7 @@ class Expectations(BaseModel):
     """How many of each kind the network must have; None where it does not matter.
 
     Attributes:
-        islands: names of weights whose products must be float32.
+        islands: names of weights, inside or handed in, whose products must be float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,12 +77,12 @@ class Expectations(BaseModel):
         """The counts that the graph's own proof of precision found."""
         return cls(
             islands=frozenset(islands),
-            attentions=proof["attentions_bulk"],
-            products_fp32=proof["products_fp32"],
-            products_bulk=proof["products_bulk"],
-            layer_norms=proof["layer_norms_fp32"],
-            rms_norms=proof["rms_norms_fp32"],
-            roundings=proof["roundings"],
+            attentions=proof.get("attentions_bulk", 0),
+            products_fp32=proof.get("products_fp32", 0),
+            products_bulk=proof.get("products_bulk", 0),
+            layer_norms=proof.get("layer_norms_fp32", 0),
+            rms_norms=proof.get("rms_norms_fp32", 0),
+            roundings=proof.get("roundings", 0),
         )
 
 
@@ -281,9 +281,15 @@ class NetworkCheck:
         self.count("products_bulk" if bulk else "products_fp32", layer)
 
     def weights_of(self, layer: Layer) -> set[str]:
-        """Names of the constants that go into a layer."""
-        makers = [self.origin(tensor) for tensor in layer.inputs]
-        return {str(m.raw.name) for m in makers if m is not None and m.kind == "CONSTANT"}
+        """Names of the constants, and of the network's inputs, that go into a layer."""
+        names = set()
+        for tensor in map(self.root, layer.inputs):
+            maker = self.makers.get(tensor.name)
+            if maker is None:
+                names.add(str(tensor.name))
+            elif maker.kind == "CONSTANT":
+                names.add(str(maker.raw.name))
+        return names
 
     def check_norm(self, layer: Layer) -> None:
         """Norms, means, roots, sines: float32 in and out."""
@@ -328,10 +334,13 @@ class NetworkCheck:
 
     def origin(self, tensor: Any) -> Layer | None:
         """The layer that computed a tensor, looking through what only moves; None for an input."""
-        layer = self.makers.get(tensor.name)
-        while layer is not None and layer.kind in MOVES:
-            layer = self.makers.get(layer.inputs[0].name)
-        return layer
+        return self.makers.get(self.root(tensor).name)
+
+    def root(self, tensor: Any) -> Any:
+        """The tensor that was moved about until it became this one."""
+        while (layer := self.makers.get(tensor.name)) is not None and layer.kind in MOVES:
+            tensor = layer.inputs[0]
+        return tensor
 
     def is_one(self, layer: Layer) -> bool:
         """Whether a constant is the one number 1."""

@@ -1,10 +1,14 @@
-"""Compiling a graph into plans: one per segment, each a stage of its own.
+"""Compiling a graph into plans, each a stage of its own.
 
-A killed build therefore resumes at its segment, and the compiler holds the weights of one segment
-at a time.
+The plans are the graph's segments, with their weights inside; or its functions, one plan for all
+the blocks, with the weights handed in when they run. A killed build resumes at its plan, and the
+compiler holds what belongs to one plan at a time.
 """
 
-from collections.abc import Callable, Iterable
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +21,14 @@ from lcexport.builder.staging import DoneStage, StageOutput
 from lcexport.checkpoint import is_island
 from lcexport.configs.errors import BuildError
 from lcexport.engines.bundle import (
+    CallRecord,
     EngineRecord,
     FileRecord,
     GraphRecord,
     PlanRecord,
     TensorRecord,
 )
+from lcexport.engines.files import resource_errors
 from lcexport.engines.trt.network import Expectations
 from lcexport.engines.trt.options import TrtOptions
 from lcexport.engines.trt.product import ProductName, open_product
@@ -30,12 +36,22 @@ from lcexport.engines.trt.reader import read_here, this_platform
 from lcexport.engines.trt.worker import compile_graph
 from lcexport.graph import prove_precision
 from lcexport.graph.check import Target, check_graph
+from lcexport.graph.parts import Part, PartCall, parts_of
 from lcexport.graph.segments import Segment, TensorSpec, propose_segments, segment_graph
 
 Stage = Callable[[str, Callable[[], StageOutput]], DoneStage]
 Report = Callable[[str, int, int], None]
 PERMILLE = 1000
 TARGETS: dict[int, Target] = {10: "tensorrt-10", 11: "tensorrt-11"}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What becomes one plan: a graph, and the record that its attentions are still missing from."""
+
+    model: ir.Model
+    record: PlanRecord
+    islands: tuple[str, ...]
 
 
 def compile_engine(
@@ -46,16 +62,56 @@ def compile_engine(
     options: BuildOptions,
     report: Report,
 ) -> tuple[EngineRecord, list[DoneStage]]:
-    """Compile every segment of `graph`; the record, and the stages it took."""
+    """Compile every plan of `graph`; the record, and the stages it took."""
     model = ir.load(folder / graph.file)
     refuse_violations(model, backend)
-    count = options.segments or proposed_segments(model)
+    place = plans_folder(backend, graph.preset.name)
+    calls: tuple[CallRecord, ...] = ()
+    if options.weights == "shared":
+        parts, uses = parts_of(model)
+        units = list(part_units(place, parts, uses))
+        calls = tuple(CallRecord(plan=u.part, prefix=u.prefix, tensors=u.tensors) for u in uses)
+    else:
+        count = options.segments or proposed_segments(model)
+        units = [segment_unit(place, segment) for segment in segment_graph(model, count)]
     done = []
-    for segment in segment_graph(model, count):
-        name = f"compile:{backend}:{graph.preset.name}:{segment.index + 1}/{count}"
-        work = partial(compile_segment, folder, backend, graph, segment, options, name, report)
+    for number, unit in enumerate(units, start=1):
+        name = f"compile:{backend}:{graph.preset.name}:{number}/{len(units)}"
+        work = partial(
+            compile_unit, folder, backend, folder / graph.file, unit, options, name, report
+        )
         done.append(stage(name, work))
-    return engine_record(backend, options, done), done
+    return engine_record(backend, options, done, calls), done
+
+
+def segment_unit(place: str, segment: Segment) -> Unit:
+    """A run of blocks, with its weights inside."""
+    record = PlanRecord(
+        file=f"{place}/{segment.index:02d}.plan",
+        first_block=segment.first_block,
+        last_block=segment.last_block,
+        inputs=tensor_records(segment.inputs),
+        outputs=tensor_records(segment.outputs),
+        attentions=0,
+    )
+    return Unit(segment.model, record, tuple(filter(is_island, segment.model.graph.initializers)))
+
+
+def part_units(place: str, parts: list[Part], calls: list[PartCall]) -> Iterator[Unit]:
+    """The graph's functions, without weights."""
+    for index, part in enumerate(parts):
+        prefix = next(call.prefix for call in calls if call.part == index)
+        record = PlanRecord(
+            file=f"{place}/{part.name.lower()}.plan",
+            first_block=None,
+            last_block=None,
+            inputs=tensor_records(part.inputs),
+            weights=tensor_records(part.weights),
+            outputs=tensor_records(part.outputs),
+            attentions=0,
+        )
+        islands = [spec.name for spec in part.weights if is_island(prefix + spec.name)]
+        yield Unit(part.model, record, tuple(islands))
 
 
 def refuse_violations(model: ir.Model, backend: ProductName) -> None:
@@ -70,61 +126,57 @@ def refuse_violations(model: ir.Model, backend: ProductName) -> None:
         )
 
 
-def compile_segment(
+def compile_unit(
     folder: Path,
     backend: ProductName,
-    graph: GraphRecord,
-    segment: Segment,
+    graph: Path,
+    unit: Unit,
     options: BuildOptions,
     name: str,
     report: Report,
 ) -> StageOutput:
     """One plan, compiled in a process of its own and checked against the graph's proof."""
-    proof = prove_precision(segment.model, torch.bfloat16)
-    islands = [name for name in segment.model.graph.initializers if is_island(name)]
-    file = f"{plans_folder(backend, graph.preset.name)}/{segment.index:02d}.plan"
+    proof = prove_precision(unit.model, torch.bfloat16)
+    file = unit.record.file
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     (folder / file).unlink(missing_ok=True)  # what a killed stage left under its final name
     made = compile_graph(
         backend,
-        ir.to_proto(segment.model).SerializeToString(),
-        folder / graph.file,
+        ir.to_proto(unit.model).SerializeToString(),
+        graph,
         folder / file,
-        trt_options(options),
-        Expectations.from_proof(proof, islands),
+        trt_options(backend, options),
+        Expectations.from_proof(proof, unit.islands),
         on_progress=lambda fraction, phase: report(name, int(fraction * PERMILLE), PERMILLE),
     )
-    plan = PlanRecord(
-        file=file,
-        first_block=segment.first_block,
-        last_block=segment.last_block,
-        inputs=tensor_records(segment.inputs),
-        outputs=tensor_records(segment.outputs),
-        attentions=made.summary.attentions,
-    )
+    record = unit.record.model_copy(update={"attentions": made.summary.attentions})
     return StageOutput(
         files={file: FileRecord(bytes=made.bytes, sha256=made.sha256)},
-        facts={"plan": plan.model_dump(mode="json")},
+        facts={"plan": record.model_dump(mode="json")},
         child_peak_rss_bytes=made.peak_rss_bytes,
     )
 
 
 def engine_record(
-    backend: ProductName, options: BuildOptions, done: list[DoneStage]
+    backend: ProductName,
+    options: BuildOptions,
+    done: list[DoneStage],
+    calls: tuple[CallRecord, ...],
 ) -> EngineRecord:
     """What the manifest says of the plans: what they were compiled by, and for what."""
     product = open_product(backend)
     here = None if options.device == "cpu" else read_here(product, torch.device(options.device))
-    targets = options.compute_capabilities or ((here.compute_capability,) if here else ())
+    targets = options.trt.compute_capabilities or ((here.compute_capability,) if here else ())
     return EngineRecord(
         plans=tuple(PlanRecord.model_validate(stage.output.facts["plan"]) for stage in done),
+        calls=calls,
         product=backend,
         version=".".join(map(str, product.version)),
         platform=this_platform(),
         compute_capabilities=targets,
         gpu=here.gpu if here else None,
         driver=here.driver if here else None,
-        options=trt_options(options).model_dump(mode="json"),
+        options=options.trt.model_dump(mode="json", exclude={"timing_cache"}),
         verified=False,
     )
 
@@ -134,8 +186,22 @@ def plans_folder(backend: str, resolution: str) -> str:
     return f"engines/{backend}/{resolution}"
 
 
-def trt_options(options: BuildOptions) -> TrtOptions:
-    return TrtOptions(compute_capabilities=options.compute_capabilities)
+def trt_options(backend: ProductName, options: BuildOptions) -> TrtOptions:
+    """The build's options, with a timing cache where the product measures kernels.
+
+    A graph is the same block again and again: what was measured for one serves the others, the
+    next segment and the next build. A cache fits one GPU and one version, so both are in its name.
+    """
+    if backend != "tensorrt" or options.trt.timing_cache is not None or options.device == "cpu":
+        return options.trt
+    here = read_here(open_product(backend), torch.device(options.device))
+    name = re.sub(r"[^\w.]+", "-", f"{here.version}-{here.gpu}-{here.platform}").lower()
+    folder = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcexport" / "timing"
+    )
+    with resource_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return options.trt.model_copy(update={"timing_cache": folder / f"{name}.cache"})
 
 
 def proposed_segments(model: ir.Model) -> int:

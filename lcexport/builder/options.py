@@ -1,6 +1,7 @@
 """What a build is asked to do: one frozen record, from the command line to the manifest."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -10,10 +11,12 @@ from lcexport.configs import Preset, preset_from
 from lcexport.configs.errors import UsageError
 from lcexport.engines import COMPILED, Compiled, backend_module
 from lcexport.engines.bundle import Islands, Precision
+from lcexport.engines.trt.options import TrtOptions
 
 DEFAULT_MODEL = Path("weights/LongCat-Video")
 MODEL_VARIABLE = "LCEXPORT_MODEL"
 Only = Literal["all", "compile", "export"]
+Weights = Literal["inside", "shared"]  # of a compiled engine: in its plans, or handed in
 
 
 class BuildOptions(BaseModel):
@@ -30,8 +33,9 @@ class BuildOptions(BaseModel):
     batch: int = Field(default=1, ge=1, le=16)
     device: str = "cpu"
     only: Only = "all"
+    weights: Weights = "inside"
     segments: int = Field(default=0, ge=0, le=1000)  # 0: as few as the memory allows
-    compute_capabilities: tuple[str, ...] = ()
+    trt: TrtOptions = TrtOptions()
     add: bool = False
     resume: bool = False
 
@@ -46,7 +50,24 @@ class BuildOptions(BaseModel):
             raise ValueError("an addition takes seconds: run --add again, without --resume")
         for backend in self.backends:
             backend_module(backend)
+        self._consistent_plans()
         return self
+
+    def _consistent_plans(self) -> None:
+        """Refuse what is said of plans where there are none, or none of that kind."""
+        trt = self.trt
+        if self.weights == "shared":
+            said = {
+                "segments": self.segments,
+                "weight_streaming": trt.weight_streaming,
+                "strip_plan": trt.strip_plan,
+                "refit": trt.refit,
+            }
+            if named := [name for name, value in said.items() if value]:
+                raise ValueError(f"plans with shared weights have no {', '.join(named)}")
+        said = self.segments or self.weights != "inside" or trt != TrtOptions()
+        if said and not set(COMPILED) & set(self.backends):
+            raise ValueError("segments, weights and TensorRT's options need a TensorRT backend")
 
     def fingerprint(self) -> dict[str, object]:
         """What must be equal for a build to be resumed: everything but `resume` itself."""
@@ -69,7 +90,8 @@ class BuildOptions(BaseModel):
 
     def effective(self) -> dict[str, object]:
         """What the manifest records: everything but where this machine keeps its folders."""
-        own = self.model_dump(mode="json", exclude={"resume", "add", "output"})
+        places = {"resume": True, "add": True, "output": True, "trt": {"timing_cache"}}
+        own = self.model_dump(mode="json", exclude=places)
         return {**own, "model": self.model.name}
 
 
@@ -79,9 +101,15 @@ def options_from(
     res: str = "480p",
     output: Path | None = None,
     backends: str = "onnxruntime",
+    targets: str | None = None,
+    trt: Sequence[str] = (),
     **fields: object,
 ) -> BuildOptions:
-    """Options from the command line's words; `res` and `backends` are separated by commas.
+    """Options from the command line's words.
+
+    Args:
+        res, backends, targets: separated by commas.
+        trt: `name=value` for fields of `TrtOptions`; `targets` are its compute capabilities.
 
     Raises:
         UsageError: an unknown resolution, backend or value, or options that contradict.
@@ -93,6 +121,7 @@ def options_from(
         backend_module(name)
     output = output or default_output(model, presets, str(fields.get("precision", "fp32")))
     given = {"model": model, "output": output, "presets": presets, "backends": engines, **fields}
+    given["trt"] = trt_fields(trt, targets)
     try:
         return BuildOptions.model_validate(given)
     except ValidationError as error:
@@ -100,6 +129,25 @@ def options_from(
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise UsageError(f"{where}: {message}" if where else message) from error
+
+
+def trt_fields(words: Sequence[str], targets: str | None) -> dict[str, object]:
+    """The fields named by `name=value` words, not yet checked for their values."""
+    fields: dict[str, object] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in TrtOptions.model_fields or name in fields:
+            raise UsageError(
+                "--trt takes an option of TensorRT and its value, each once",
+                got=repr(word),
+                wanted=f"name=value with {', '.join(TrtOptions.model_fields)}",
+            )
+        fields[name] = value
+    if targets:
+        fields["compute_capabilities"] = targets
+    if isinstance(given := fields.get("compute_capabilities"), str):
+        fields["compute_capabilities"] = tuple(part.strip() for part in given.split(","))
+    return fields
 
 
 def staging_folder(output: Path) -> Path:

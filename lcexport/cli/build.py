@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lcexport.cli.app import DeviceOption, IslandsOption, JsonOption, app, names, progress_bars
+from lcexport.cli.app import DeviceOption, IslandsOption, JsonOption, app, progress_bars
 
 if TYPE_CHECKING:
     from lcexport.builder import BuildOptions
@@ -39,6 +39,19 @@ OnlyOption = Annotated[
 SegmentsOption = Annotated[
     int, typer.Option(help="Plans per TensorRT engine; 0 for as few as this memory allows.")
 ]
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        help="Of TensorRT plans: `inside` each, or `shared` by all blocks and resolutions, handed "
+        "in at run time."
+    ),
+]
+TrtOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--trt", help="Another option of TensorRT, such as optimization_level=4; may be repeated."
+    ),
+]
 TargetsOption = Annotated[
     str | None, typer.Option(help="GPUs to compile for, such as sm89,sm120; tensorrt-rtx only.")
 ]
@@ -55,8 +68,10 @@ def build(
     batch: BatchOption = 1,
     device: DeviceOption = "cpu",
     only: OnlyOption = "all",
+    weights: WeightsOption = "inside",
     segments: SegmentsOption = 0,
     targets: TargetsOption = None,
+    trt: TrtOption = None,
     add: Annotated[bool, typer.Option("--add", help="Add the resolution to a bundle.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a killed build.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only, like `plan`.")] = False,
@@ -69,8 +84,8 @@ def build(
 
     options = options_from(
         model=model, res=res, output=output, precision=precision, islands=islands,
-        backends=backend, batch=batch, device=device, only=only, segments=segments,
-        compute_capabilities=names(targets) or (), add=add, resume=resume,
+        backends=backend, batch=batch, device=device, only=only, weights=weights,
+        segments=segments, targets=targets, trt=trt or (), add=add, resume=resume,
     )  # fmt: skip
     if dry_run:
         show_the_plan(options, as_json)
@@ -94,6 +109,8 @@ def plan(
     batch: BatchOption = 1,
     device: DeviceOption = "cpu",
     only: OnlyOption = "all",
+    weights: WeightsOption = "inside",
+    segments: SegmentsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Shapes, FLOPs, disk and memory of a build; refuses where the machine will not do."""
@@ -101,7 +118,8 @@ def plan(
 
     options = options_from(
         model=model, res=res, output=output, precision=precision, islands=islands,
-        backends=backend, batch=batch, device=device, only=only,
+        backends=backend, batch=batch, device=device, only=only, weights=weights,
+        segments=segments,
     )  # fmt: skip
     show_the_plan(options, as_json)
 

@@ -11,6 +11,7 @@ from lcexport.builder.staging import JOURNAL
 from lcexport.configs.errors import BuildError, IncompatibleError, UsageError
 from lcexport.engines import open_engine
 from lcexport.engines.bundle import open_bundle
+from lcexport.engines.trt.options import TrtOptions
 from lcexport.verify import verify
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
@@ -125,7 +126,7 @@ def test_fp32_is_refused_before_anything_is_built(compiled_options, tmp_path):
 
 def test_an_rtx_target_that_does_not_exist_is_refused(compiled_options, tmp_path):
     options = compiled_options.model_copy(
-        update={"output": tmp_path / "b", "compute_capabilities": ("sm12",)}
+        update={"output": tmp_path / "b", "trt": TrtOptions(compute_capabilities=("sm12",))}
     )
     with pytest.raises(UsageError, match="sm12"):
         build(options)

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from lcexport.checkpoint import read_header
 from lcexport.configs.errors import IncompatibleError
 from lcexport.engines.trt.memory import driver_version, torch_dtype
 from lcexport.engines.trt.product import Product, open_product
 from lcexport.engines.trt.reader import PlanFile
-from lcexport.engines.trt.refit import mapped, weights_from
+from lcexport.engines.trt.refit import trt_dtype
 from lcexport.engines.trt.runtime import TrtEngine
 
 
@@ -50,10 +50,10 @@ def test_a_buffer_that_is_no_plan(rtx, plan, workspace):
 
 def test_types_and_weights(rtx, make_weights):
     assert torch_dtype(rtx.trt, rtx.trt.DataType.BF16) is torch.bfloat16
-    tensors = read_header(make_weights("bf16")).tensors
-    info = tensors["blocks.0.ffn.w1.weight"]
-    weights = weights_from(rtx.trt, info, mapped(info.path))
-    assert (weights.dtype, weights.size) == (rtx.trt.DataType.BF16, info.count)
-    assert weights.nbytes == info.bytes
+    tensor = load_file(make_weights("bf16"))["blocks.0.ffn.w1.weight"]
+    dtype = trt_dtype(rtx.trt, tensor.dtype)
+    weights = rtx.trt.Weights(dtype, tensor.data_ptr(), tensor.numel())
+    assert (weights.dtype, weights.size) == (rtx.trt.DataType.BF16, tensor.numel())
+    assert weights.nbytes == tensor.nbytes
     with pytest.raises(IncompatibleError, match=r"got DataType.FP8; wanted float32, .*bool"):
         torch_dtype(rtx.trt, rtx.trt.DataType.FP8)

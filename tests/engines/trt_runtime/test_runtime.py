@@ -46,7 +46,7 @@ def test_segments_equal_onnx_runtime(open_engine, make_graph, velocity):
 
 def test_bfloat16_segments_equal_the_eager_model(open_engine, dit_folder, velocity, inputs):
     engine = open_engine(2, "bf16")
-    assert torch.bfloat16 in {spec.dtype for spec in engine._segments[0].outputs}
+    assert torch.bfloat16 in {spec.dtype for spec in engine._steps[0].outputs}
     model = load_dit(dit_folder, torch.bfloat16)
     found = difference(velocity(engine), model(**inputs).float())
     assert STEP_TOLERANCE["bf16"].holds(found)
@@ -109,12 +109,12 @@ def test_seams_are_reused(open_engine):
     engine = open_engine(4)  # x is handed on three times, in two places
     sizes = {
         spec.name: spec.dtype.itemsize * torch.Size(spec.shape).numel()
-        for segment in engine._segments
-        for spec in segment.outputs
+        for step in engine._steps
+        for spec in step.outputs
         if spec.name != "velocity"
     }
     assert len(sizes) > 2
-    scratch = max(segment.scratch_bytes for segment in engine._segments)
+    scratch = max(step.scratch_bytes for step in engine._steps)
     assert engine.workspace_bytes < scratch + sum(sizes.values())
 
 
@@ -157,11 +157,11 @@ class TestWeightStreaming:
     def test_the_budget_is_shared_out_before_contexts(self, open_engine, velocity, double):
         plain = velocity(open_engine(3))
         engine = open_engine(3, plan=self.PLAN, weight_budget=3 << 18)
-        budgets = [segment.engine.weight_streaming_budget_v2 for segment in engine._segments]
+        budgets = [plan.weight_streaming_budget_v2 for plan in engine._engines]
         assert budgets == [1 << 18] * 3
         assert not any("budget" in message for message in double.messages)
         # Streaming takes more scratch, which is asked for after the budget.
-        scratch = {segment.scratch_bytes for segment in engine._segments}
+        scratch = {step.scratch_bytes for step in engine._steps}
         assert scratch == {(1 << 16) + double.STREAMING_SCRATCH}
         assert torch.equal(velocity(engine), plain)
 
@@ -170,7 +170,7 @@ class TestWeightStreaming:
     )
     def test_other_budgets(self, open_engine, wish, got):
         engine = open_engine(1, plan=self.PLAN, weight_budget=wish)
-        assert engine._segments[0].engine.weight_streaming_budget_v2 == got
+        assert engine._engines[0].weight_streaming_budget_v2 == got
 
     def test_plans_that_cannot_stream(self, open_engine):
         with pytest.raises(UsageError, match=r"cannot stream weights.*Build them with"):
@@ -227,7 +227,7 @@ def test_opening_fails(open_engine, double, call, error, match):
         ("IExecutionContext.set_tensor_address:velocity", "set_tensor_address.'velocity'."),
         (
             "IExecutionContext.execute_async_v3",
-            "execute_async_v3 returned False for segment 1 of 3",
+            "execute_async_v3 returned False for step 1 of 3",
         ),
     ],
 )

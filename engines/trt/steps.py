@@ -1,0 +1,161 @@
+"""What an engine runs: plans, once each or many times, wired together by the names of tensors.
+
+A segment is a plan that runs once. A plan whose weights come from outside can run many times, with
+other weights each time: one plan for all the blocks. Either way a run is a list of steps, and a
+step is one execution context and its tensors under the engine's names.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lcexport.configs.errors import IncompatibleError, IntegrityError, LcexportError, ResourceError
+from lcexport.engines import TensorSpec
+from lcexport.engines.trt.memory import Lifetime, torch_dtype
+from lcexport.engines.trt.product import MessageLog, Product
+from lcexport.engines.trt.reader import said
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a plan.
+
+    Attributes:
+        plan: its index among the engine's plans.
+        names: the plan's name of a tensor -> the engine's; where it is not there, the two agree.
+    """
+
+    plan: int
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Step:
+    """One execution context, its tensors under the engine's names, and the plan's for each."""
+
+    engine: Any
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    names: dict[str, str]
+    context: Any = None
+    scratch_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Which tensors the caller gives and takes, and how long the others live, in steps."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    internal: dict[str, Lifetime]
+
+
+def step_from(product: Product, engine: Any, names: Mapping[str, str]) -> Step:
+    """A step that runs a deserialised plan, with no context yet."""
+    inputs, outputs = ports_of(product, engine)
+    renamed = [
+        tuple(TensorSpec(names.get(s.name, s.name), s.shape, s.dtype) for s in specs)
+        for specs in (inputs, outputs)
+    ]
+    own = {names.get(spec.name, spec.name): spec.name for spec in (*inputs, *outputs)}
+    return Step(engine, renamed[0], renamed[1], own)
+
+
+def ports_of(
+    product: Product, engine: Any
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """A plan's inputs and outputs. IncompatibleError: dynamic shapes, or tensors on the host."""
+    trt = product.trt
+    inputs, outputs = [], []
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        shape = tuple(engine.get_tensor_shape(name))
+        if any(size < 0 for size in shape):
+            raise IncompatibleError(f"the plan's {name} has no static shape", got=list(shape))
+        if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
+            raise IncompatibleError(f"the plan wants {name} in host memory")
+        spec = TensorSpec(name, shape, torch_dtype(trt, engine.get_tensor_dtype(name)))
+        is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
+        (inputs if is_input else outputs).append(spec)
+    return tuple(inputs), tuple(outputs)
+
+
+def wire(steps: Sequence[Step], given: Collection[str] = ()) -> Wiring:
+    """Connect steps by name. `given` tensors are bound once and for all: they are no inputs.
+
+    Raises:
+        IntegrityError: no step, two tensors of one name, or a name whose type or shape differs.
+    """
+    if not steps:
+        raise IntegrityError("an engine without a plan")
+    inputs: dict[str, TensorSpec] = {}
+    made: dict[str, tuple[int, TensorSpec]] = {}
+    last_use: dict[str, int] = {}
+    for number, step in enumerate(steps):
+        for spec in step.inputs:
+            if spec.name in given:
+                continue
+            if spec.name in made:
+                last_use[spec.name] = number
+            source = made[spec.name][1] if spec.name in made else inputs.setdefault(spec.name, spec)
+            if source != spec:
+                raise do_not_fit(spec, source)
+        for spec in step.outputs:
+            if spec.name in made or spec.name in inputs:
+                raise do_not_fit(spec, made[spec.name][1] if spec.name in made else spec)
+            made[spec.name] = (number, spec)
+    internal = {
+        name: Lifetime(nbytes(made[name][1]), made[name][0], last)
+        for name, last in last_use.items()
+    }
+    outputs = tuple(spec for name, (_, spec) in made.items() if name not in internal)
+    return Wiring(tuple(inputs.values()), outputs, internal)
+
+
+def do_not_fit(spec: TensorSpec, source: TensorSpec) -> IntegrityError:
+    return IntegrityError(
+        f"the segments do not fit together at {spec.name}",
+        got=f"{spec.dtype} {list(spec.shape)}",
+        wanted=f"{source.dtype} {list(source.shape)}, made once, before it is used",
+        do="Rebuild the engine: its segments come from different graphs.",
+    )
+
+
+def make_context(product: Product, step: Step, log: MessageLog) -> None:
+    """Create the context, without memory of its own, and fix its shapes.
+
+    Raises:
+        ResourceError: TensorRT made none.
+        LcexportError: it refused a shape, or lacks one.
+    """
+    trt = product.trt
+    # Asked for after the budget, which changes it.
+    step.scratch_bytes = step.engine.device_memory_size_v2
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    step.context = step.engine.create_execution_context(strategy)
+    if step.context is None:
+        raise ResourceError(
+            "TensorRT made no execution context",
+            got=said(log, "create_execution_context returned None"),
+            do="Most often the device is out of memory: close other engines, or stream weights.",
+        )
+    for spec in step.inputs:
+        if not step.context.set_input_shape(step.names[spec.name], spec.shape):
+            raise refused(log, f"set_input_shape({spec.name!r}, {spec.shape}) returned False")
+    if lacking := step.context.infer_shapes():
+        raise refused(log, f"infer_shapes lacks {', '.join(lacking)}")
+
+
+def refused(log: MessageLog, call: str) -> LcexportError:
+    """TensorRT said no where nothing should stop it."""
+    return LcexportError(
+        "TensorRT refused to run the engine",
+        got=said(log, call),
+        do="Close the engine and open it again; if it stays so, see docs/tensorrt.md.",
+    )
+
+
+def nbytes(spec: TensorSpec) -> int:
+    return torch.Size(spec.shape).numel() * spec.dtype.itemsize
