@@ -1,108 +1,151 @@
-"""The whole 13.6 B model at 480p in bf16, compiled by TensorRT for RTX on this machine.
+"""The whole 13.6 B model in bf16, compiled by TensorRT for RTX on this machine.
 
-    python benchmarks/full_size_compile.py [--workdir DIR] [--segments N] [--json FILE]
+    python benchmarks/full_size_compile.py [--res 480p] [--weights inside,shared] [--segments N]
+                                           [--workdir DIR] [--json FILE]
 
-Makes a full-size checkpoint of zeros, runs `lcexport build --backend tensorrt-rtx --only compile`
-and prints time, peak memory and size of each plan. Then compiles the first segment once more and
-says whether its bytes are the same. Needs some 60 GB of disk; no GPU.
+Writes 28 GB of random weights in a bundle's form, exports the graph, and compiles it both ways: in
+segments with the weights inside (as few as this machine's memory allows, unless told), and as one
+plan for each function with the weights outside. Prints time, peak memory and size of each plan,
+and whether the first plan of each way has the same bytes when it is compiled a second time. Each
+plan is removed when it is measured, but for those. No GPU is used, nothing is run. Needs some
+40 GB of disk.
 """
 
 import argparse
-import hashlib
 import json
+import os
 import platform
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from full_size_export import make_checkpoint
+import onnx_ir as ir
+import torch
+from tensorrt_blocks import export, write_random
 
-from lcexport.engines.bundle import read_manifest
+from lcexport.builder.compile import Unit, part_units, proposed_segments, segment_unit
+from lcexport.configs import preset_from
+from lcexport.configs.dit import DiTConfig
+from lcexport.engines.trt.compile import PlanReport
+from lcexport.engines.trt.network import Expectations
+from lcexport.engines.trt.options import TrtOptions
+from lcexport.engines.trt.worker import compile_graph
+from lcexport.graph import prove_precision
+from lcexport.graph.parts import parts_of
+from lcexport.graph.segments import segment_graph
 
-BACKEND, SIZE = "tensorrt-rtx", "480p"
+BACKEND = "tensorrt-rtx"
+CONFIG = DiTConfig(text_tokens_zero_pad=True)  # the released one
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--res", default="480p", help="resolution (%(default)s)")
+    parser.add_argument("--weights", default="inside,shared", help="ways (%(default)s)")
+    parser.add_argument("--segments", type=int, default=0, help="0: as memory allows")
     parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--segments", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="lcexport-compile-", dir=arguments.workdir))
-    try:
-        document = run(folder, arguments.segments)
-    finally:
-        shutil.rmtree(folder)
+    parser.add_argument("--json", type=Path, help="write the JSON document here too")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="full-size-compile-", dir=asked.workdir) as name:
+        weights = Path(name) / "dit.safetensors"
+        started = time.monotonic()
+        write_random(weights, CONFIG)
+        size = weights.stat().st_size / 1e9
+        print(f"{size:.1f} GB of random weights in {time.monotonic() - started:.0f} s", flush=True)
+        graph, _ = export(CONFIG, preset_from(asked.res), weights)
+        ways = [measure(way, graph, asked.segments) for way in asked.weights.split(",")]
+    document = {
+        "schema_version": 2,
+        "benchmark": "full_size_compile",
+        "environment": {
+            "python": sys.version.split()[0],
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+        },
+        "resolution": asked.res,
+        "ways": ways,
+    }
     line = json.dumps(document)
-    if arguments.json:
-        arguments.json.write_text(line + "\n", "utf-8")
+    if asked.json:
+        asked.json.write_text(line + "\n", "utf-8")
     print(line)
 
 
-def run(folder: Path, segments: int) -> dict[str, object]:
-    """Build, print the table, compile one segment again."""
-    print("making a sparse checkpoint of the released size ...", flush=True)
-    make_checkpoint(folder / "checkpoint")
-    print("converting, exporting and compiling ...", flush=True)
-    bundle, start = folder / "bundle", time.perf_counter()
-    command = [sys.executable, "-c", "from lcexport.cli import main; main()", "build"]
-    command += ["--model", str(folder / "checkpoint"), "--res", SIZE, "--precision", "bf16"]
-    command += ["--backend", BACKEND, "--only", "compile", "--segments", str(segments)]
-    subprocess.run([*command, "-o", str(bundle)], check=True, stdout=subprocess.DEVNULL)
-    seconds = time.perf_counter() - start
-    manifest = read_manifest(bundle)
-    engine = manifest.engines[BACKEND][SIZE]
-    stages = [stage for stage in manifest.stages if stage.name.startswith("compile:")]
-    print(f"\n{'plan':<10}{'blocks':>10}{'seconds':>10}{'peak GB':>10}{'plan GB':>10}")
-    for stage, plan in zip(stages, engine.plans, strict=True):
-        size = manifest.files[plan.file].bytes
-        blocks = f"{plan.first_block}-{plan.last_block}"
-        peak = stage.peak_rss_bytes / 1e9
-        name = Path(plan.file).name
-        print(f"{name:<10}{blocks:>10}{stage.seconds:>10.1f}{peak:>10.2f}{size / 1e9:>10.2f}")
-    print(f"whole command {seconds:.0f} s, attentions {sum(p.attentions for p in engine.plans)}")
-    again = rebuilt_sha256(bundle)
-    same = again == manifest.files[engine.plans[0].file].sha256
-    print(f"first segment compiled again: bytes {'equal' if same else 'differ'}")
+def measure(way: str, graph: Path, segments: int) -> dict[str, object]:
+    """Compile every plan of one way, one after another; the table's rows as records."""
+    print(f"\nweights {way}")
+    print(f"{'plan':<10}{'blocks':>10}{'seconds':>10}{'peak GB':>10}{'plan GB':>10}{'uses':>6}")
+    rows, first, started = [], None, time.monotonic()
+    for unit, uses in units(way, graph, segments):
+        report = compiled(unit, graph)
+        first = first or (unit, report)
+        rows.append(row(unit, report, uses))
+        print_row(rows[-1])
+    seconds = time.monotonic() - started
+    assert first is not None
+    again = compiled(first[0], graph)
+    attentions = sum(int(str(row["attentions"])) * int(str(row["uses"])) for row in rows)
+    total = sum(int(str(row["bytes"])) for row in rows)
+    print(f"together {seconds:.0f} s, {total / 1e9:.3f} GB, {attentions} fused attentions a pass")
+    same = again.sha256 == first[1].sha256
+    print(f"the first plan compiled again: bytes {'equal' if same else 'differ'}", flush=True)
     return {
-        "schema_version": 1,
-        "benchmark": "full_size_compile",
-        "cpu": platform.processor() or platform.machine(),
-        "versions": {**manifest.versions, BACKEND: engine.version},
-        "command_seconds": round(seconds, 1),
-        "stages": [stage.model_dump() for stage in stages],
-        "plan_bytes": [manifest.files[plan.file].bytes for plan in engine.plans],
+        "weights": way,
+        "seconds": round(seconds, 1),
+        "plans": rows,
+        "version": again.version,
         "rebuilt_equal": same,
     }
 
 
-def rebuilt_sha256(bundle: Path) -> str:
-    """Digest of the first segment's plan, compiled a second time."""
-    import onnx_ir as ir
-    import torch
+def units(way: str, graph: Path, segments: int) -> Iterator[tuple[Unit, int]]:
+    """What becomes a plan, and how often a pass uses it."""
+    model = ir.load(graph)
+    if way == "shared":
+        parts, calls = parts_of(model)
+        for index, unit in enumerate(part_units("", parts, calls)):
+            yield unit, sum(call.part == index for call in calls)
+    else:
+        for segment in segment_graph(model, segments or proposed_segments(model)):
+            yield segment_unit("", segment), 1
 
-    from lcexport.checkpoint import is_island
-    from lcexport.engines.trt.network import Expectations
-    from lcexport.engines.trt.options import TrtOptions
-    from lcexport.engines.trt.worker import compile_graph
-    from lcexport.graph import prove_precision
-    from lcexport.graph.segments import segment_graph
 
-    manifest = read_manifest(bundle)
-    graph = bundle / manifest.graphs[SIZE].file
-    count = len(manifest.engines[BACKEND][SIZE].plans)
-    segment = segment_graph(ir.load(graph), count)[0].model
-    proof = prove_precision(segment, torch.bfloat16)
-    islands = [name for name in segment.graph.initializers if is_island(name)]
-    data = ir.to_proto(segment).SerializeToString()
-    output = bundle / "again.plan"
-    expected = Expectations.from_proof(proof, islands)
-    compile_graph(BACKEND, data, graph, output, TrtOptions(), expected)
-    with output.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def compiled(unit: Unit, graph: Path) -> PlanReport:
+    """One plan, made in a process of its own and removed."""
+    plan = graph.with_name(Path(unit.record.file).name)
+    proof = prove_precision(unit.model, torch.bfloat16)
+    report = compile_graph(
+        BACKEND,
+        ir.to_proto(unit.model).SerializeToString(),
+        graph,
+        plan,
+        TrtOptions(),
+        Expectations.from_proof(proof, unit.islands),
+    )
+    plan.unlink()
+    return report
+
+
+def row(unit: Unit, report: PlanReport, uses: int) -> dict[str, object]:
+    return {
+        "plan": Path(unit.record.file).name,
+        "first_block": unit.record.first_block,
+        "last_block": unit.record.last_block,
+        "uses": uses,
+        "seconds": round(report.seconds, 1),
+        "peak_rss_bytes": report.peak_rss_bytes,
+        "bytes": report.bytes,
+        "attentions": report.summary.attentions,
+    }
+
+
+def print_row(row: dict[str, object]) -> None:
+    blocks = "" if row["first_block"] is None else f"{row['first_block']}-{row['last_block']}"
+    peak, size = (int(str(row[key])) / 1e9 for key in ("peak_rss_bytes", "bytes"))
+    print(f"{row['plan']:<10}{blocks:>10}{row['seconds']:>10}{peak:>10.2f}", end="")
+    print(f"{size:>10.3f}{row['uses']:>6}", flush=True)
 
 
 if __name__ == "__main__":

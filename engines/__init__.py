@@ -24,7 +24,7 @@ from lcexport.configs.errors import UsageError
 if TYPE_CHECKING:
     from lcexport.engines.bundle import Bundle
 
-# Backend -> its module, which has `open_engine(backend, bundle, resolution, device)` and
+# Backend -> its module, which has `open_engine(backend, bundle, resolution, device, like)` and
 # `require(backend, precision, device)`. Strings, so that a backend's library is imported only when
 # that backend is asked for. `eager` lives on the other side of the arrow: it needs the model's
 # code, which the runtime otherwise does without.
@@ -86,15 +86,26 @@ class Engine(Protocol):
     def __exit__(self, *exception: object) -> None: ...
 
 
-def open_engine(backend: str, bundle: "Bundle", resolution: str, device: str = "cpu") -> Engine:
+def open_engine(
+    backend: str,
+    bundle: "Bundle",
+    resolution: str,
+    device: str = "cpu",
+    like: Engine | None = None,
+) -> Engine:
     """Open `backend`'s engine for one resolution of a bundle.
+
+    Args:
+        like: an open engine of the same backend, bundle and device: what memory the two can share,
+            they do, and must not run at the same time. ONNX Runtime shares none.
 
     Raises:
         UsageError: no such backend, or the bundle holds no such resolution.
         IncompatibleError: the backend's library or the device is missing; says how to get it.
     """
     require_backend(backend, bundle.manifest.precision, device)
-    return import_module(backend_module(backend)).open_engine(backend, bundle, resolution, device)
+    module = import_module(backend_module(backend))
+    return module.open_engine(backend, bundle, resolution, device, like)
 
 
 def require_backend(backend: str, precision: str, device: str) -> None:

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import torch
 
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
-from lcexport.engines import TensorSpec
+from lcexport.engines import Engine, TensorSpec
 from lcexport.engines.bundle import Bundle
 
 NUMPY_DTYPES = {torch.float32: np.float32, torch.bool: np.bool_}
@@ -98,7 +98,13 @@ class OrtEngine:
         self.close()
 
 
-def open_engine(backend: str, bundle: Bundle, resolution: str, device: str = "cpu") -> OrtEngine:
+def open_engine(
+    backend: str,
+    bundle: Bundle,
+    resolution: str,
+    device: str = "cpu",
+    like: Engine | None = None,
+) -> OrtEngine:
     """Open the bundle's graph for `resolution`."""
     record = bundle.graph(resolution)
     engine = OrtEngine(bundle.path(record.file), device)

@@ -197,6 +197,34 @@ class Pipeline:
         videos = [Video(f, self.preset.fps, dict(timings), drawn) for f in frames]
         return videos[0] if isinstance(prompt, str) else videos
 
+    def at(self, resolution: str) -> "Pipeline":
+        """A pipeline for another of the bundle's resolutions, closed with this one.
+
+        It uses this one's text encoder and VAE, and what memory the two engines can share: with
+        eager torch and with TensorRT plans built with `--weights shared`, that is the weights. The
+        two must not run at the same time.
+
+        Raises:
+            UsageError, IntegrityError, IncompatibleError: as `load`.
+        """
+        self._check_open()
+        graph = self.bundle.graph(resolution)
+        if graph.preset.text_tokens != self.preset.text_tokens:
+            raise UsageError(
+                "the two resolutions were built for texts of other lengths",
+                got=graph.preset.text_tokens,
+                wanted=self.preset.text_tokens,
+            )
+        own = self.engine
+        with ExitStack() as stack:
+            engine = open_engine(own.backend, self.bundle, resolution, str(own.device), own)
+            stack.enter_context(engine)
+            check_engine(engine, graph)
+            components = self._text, self._decoder, self.shift
+            other = Pipeline(self.bundle, graph, engine, *components, stack.pop_all())
+        self._resources.callback(other.close)
+        return other
+
     def close(self) -> None:
         """Give everything back. Harmless when called twice."""
         self._closed = True

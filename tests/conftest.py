@@ -125,6 +125,15 @@ def demo_bundle(demo_options: BuildOptions) -> Path:
     return demo_options.output
 
 
+@pytest.fixture(scope="session")
+def two_size_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the demo checkpoint at 64x96x9 and 96x64x9, float32. Read only."""
+    output = tmp_path_factory.mktemp("two") / "bundle"
+    presets = (preset_from("64x96x9"), preset_from("96x64x9"))
+    build(BuildOptions(model=demo_checkpoint, output=output, presets=presets))
+    return output
+
+
 @pytest.fixture
 def mount_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """`mount_disk("size=1m")` is a real file system, where this process may mount one."""

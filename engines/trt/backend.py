@@ -1,13 +1,16 @@
 """The `tensorrt` and `tensorrt-rtx` backends: a bundle's plans, opened and ready to run."""
 
 import torch
+from safetensors.torch import load_file
 
 from lcexport.configs.errors import IncompatibleError, UsageError
-from lcexport.engines.bundle import Bundle, EngineRecord
+from lcexport.engines import Engine
+from lcexport.engines.bundle import WEIGHTS, Bundle, CallRecord, EngineRecord
 from lcexport.engines.trt.memory import CudaOps, Workspace
-from lcexport.engines.trt.product import open_product
-from lcexport.engines.trt.reader import BuiltFor, PlanFile, read_here
-from lcexport.engines.trt.runtime import TrtEngine, open_plans
+from lcexport.engines.trt.product import Product, open_product
+from lcexport.engines.trt.reader import BuiltFor, Here, PlanFile, read_here
+from lcexport.engines.trt.runtime import RunOptions, SharedWeights, TrtEngine, open_plans
+from lcexport.engines.trt.steps import Call
 
 
 def require(backend: str, precision: str, device: torch.device) -> None:
@@ -26,15 +29,24 @@ def require(backend: str, precision: str, device: torch.device) -> None:
     open_product(backend)
 
 
-def open_engine(backend: str, bundle: Bundle, resolution: str, device: str = "cuda") -> TrtEngine:
+def open_engine(
+    backend: str,
+    bundle: Bundle,
+    resolution: str,
+    device: str = "cuda",
+    like: Engine | None = None,
+) -> TrtEngine:
     """Open the plans of one resolution on a GPU, each file's SHA-256 checked as it is read.
+
+    With an open engine to be `like`, both use one workspace and, where their plans take them from
+    outside, one set of weights; they must not run at the same time.
 
     Raises:
         UsageError: the bundle has no such engine.
         IncompatibleError: no GPU, or the plans were built for something else; says the command
             that rebuilds.
     """
-    record = engine_record(bundle, backend, resolution)
+    engine_record(bundle, backend, resolution)
     where = torch.device(device)
     if where.type != "cuda":
         raise IncompatibleError(
@@ -42,20 +54,64 @@ def open_engine(backend: str, bundle: Bundle, resolution: str, device: str = "cu
         )
     product = open_product(backend)
     here = read_here(product, where)
-    plans = [
-        PlanFile(
-            bundle.path(plan.file),
-            bundle.manifest.files[plan.file].bytes,
-            bundle.manifest.files[plan.file].sha256,
-        )
-        for plan in record.plans
-    ]
+    shared = like if isinstance(like, TrtEngine) else None
+    workspace = shared.workspace if shared else Workspace(CudaOps(where))
+    return engine_from(product, here, bundle, resolution, workspace, shared)
+
+
+def engine_from(
+    product: Product,
+    here: Here,
+    bundle: Bundle,
+    resolution: str,
+    workspace: Workspace,
+    like: TrtEngine | None = None,
+) -> TrtEngine:
+    """The engine of a bundle's plans, in a workspace."""
+    record = engine_record(bundle, product.name, resolution)
     rebuild = (
         f"lcexport build --model CHECKPOINT --res {resolution} --precision bf16 "
-        f"--backend {backend} -o NEW"
+        f"--backend {product.name} -o NEW"
     )
-    workspace = Workspace(CudaOps(where))
-    return open_plans(product, plans, built_for(record), here, workspace, rebuild=rebuild)
+    weights, options = SharedWeights(), RunOptions()
+    if record.calls:
+        weights = shared_weights(bundle, workspace.ops.device, like)
+    elif record.options["strip_plan"]:
+        options = RunOptions(weights=load_file(bundle.path(WEIGHTS)))
+    return open_plans(
+        product,
+        plan_files(bundle, record),
+        built_for(record),
+        here,
+        workspace,
+        rebuild=rebuild,
+        options=options,
+        calls=[call_from(record, call) for call in record.calls] or None,
+        shared_weights=weights,
+    )
+
+
+def plan_files(bundle: Bundle, record: EngineRecord) -> list[PlanFile]:
+    """The plans with what the manifest says of their files."""
+    files = bundle.manifest.files
+    return [
+        PlanFile(bundle.path(plan.file), files[plan.file].bytes, files[plan.file].sha256)
+        for plan in record.plans
+    ]
+
+
+def call_from(record: EngineRecord, call: CallRecord) -> Call:
+    """A call with the weights' names spelled out."""
+    weights = (tensor.name for tensor in record.plans[call.plan].weights)
+    return Call(call.plan, {**call.tensors, **{name: call.prefix + name for name in weights}})
+
+
+def shared_weights(bundle: Bundle, device: torch.device, like: TrtEngine | None) -> SharedWeights:
+    """The bundle's weights on the device: those of `like` where it has the same file's."""
+    source = bundle.manifest.files[WEIGHTS].sha256
+    if like is not None and like.shared_weights.source == source:
+        return like.shared_weights
+    return SharedWeights(load_file(bundle.path(WEIGHTS), device=str(device)), source)
 
 
 def engine_record(bundle: Bundle, backend: str, resolution: str) -> EngineRecord:

@@ -56,6 +56,17 @@ class RunOptions:
             raise UsageError("a CUDA graph and weight streaming exclude each other")
 
 
+@dataclass(frozen=True)
+class SharedWeights:
+    """Tensors on the device by the names of the bundle's weights file, for plans without their own.
+
+    `source` is that file's SHA-256: engines of one bundle use one set.
+    """
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    source: str = ""
+
+
 @dataclass
 class Bound:
     """What the contexts point at, and the recorded work once there is some."""
@@ -75,7 +86,7 @@ def open_plans(
     rebuild: str,
     options: RunOptions | None = None,
     calls: Sequence[Call] | None = None,
-    shared_weights: Mapping[str, torch.Tensor] | None = None,
+    shared_weights: SharedWeights | None = None,
 ) -> "TrtEngine":
     """Open plans that were built for what is here; `TrtEngine` says the rest.
 
@@ -103,8 +114,7 @@ class TrtEngine:
         workspace: not owned; share one among engines that never run at the same time.
         options: how to run.
         calls: the uses of the plans, in order; each plan once where None.
-        shared_weights: tensors on the device, by the engine's names, that plans without weights
-            take; held as long as the engine is open.
+        shared_weights: what plans without weights take; held as long as the engine is open.
         host_code: let plans bring code of their own, as version-compatible ones do.
 
     Raises:
@@ -122,11 +132,11 @@ class TrtEngine:
         options: RunOptions | None = None,
         *,
         calls: Sequence[Call] | None = None,
-        shared_weights: Mapping[str, torch.Tensor] | None = None,
+        shared_weights: SharedWeights | None = None,
         host_code: bool = False,
     ) -> None:
         self.backend, self.device = product.name, workspace.ops.device
-        self.workspace, self.shared_weights = workspace, dict(shared_weights or {})
+        self.workspace, self.shared_weights = workspace, shared_weights or SharedWeights()
         self._product, self._options = product, options or RunOptions()
         self._log = MessageLog()
         self._logger = logger_for(product, self._log)  # outlives all that is made with it
@@ -154,9 +164,9 @@ class TrtEngine:
 
     def _prepare(self) -> None:
         """Weights, then the budget, then contexts: TensorRT allows no other order."""
-        wiring = wire(self._steps, self.shared_weights)
+        wiring = wire(self._steps, self.shared_weights.tensors)
         self.inputs, self.outputs = wiring.inputs, wiring.outputs
-        self._weights = self._addresses(self.shared_weights, self._weight_specs())
+        self._weights = self._addresses(self.shared_weights.tensors, self._weight_specs())
         if self._options.weights is not None:
             self.refit(self._options.weights)
         set_weight_budget(self._engines, self._options)
@@ -172,7 +182,7 @@ class TrtEngine:
     def _weight_specs(self) -> tuple[TensorSpec, ...]:
         """The shared weights that the plans take; each is used by one step."""
         specs = (spec for step in self._steps for spec in step.inputs)
-        return tuple(spec for spec in specs if spec.name in self.shared_weights)
+        return tuple(spec for spec in specs if spec.name in self.shared_weights.tensors)
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """See `lcexport.engines.Engine.run`. Returns once the work is queued."""
@@ -239,8 +249,8 @@ class TrtEngine:
         if self._runtime is None:
             raise UsageError("the engine is closed")
         self.workspace.ops.synchronize()
-        if self.shared_weights:
-            overwrite(self.shared_weights, weights)
+        if self.shared_weights.tensors:
+            overwrite(self.shared_weights.tensors, weights)
             return
         self._bound = Bound()  # what was recorded may hold the old weights
         for engine in self._engines:
@@ -256,7 +266,7 @@ class TrtEngine:
             step.context = step.engine = None
         self._steps.clear()
         self._engines.clear()
-        self.shared_weights = {}
+        self.shared_weights = SharedWeights()
         self._runtime = None
 
     def __enter__(self) -> Self:

@@ -18,7 +18,7 @@ from lcexport.configs import Preset
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import BuildError, InputError
 from lcexport.dit import Geometry
-from lcexport.eager import dit_from_files, eager_engine
+from lcexport.eager import DitEngine, dit_from_files
 from lcexport.engines import Engine, backend_module, open_engine
 from lcexport.engines.bundle import (
     COMPONENTS,
@@ -149,7 +149,7 @@ def golden_stage(
 ) -> StageOutput:
     """Inputs from a seed, and what the eager DiT makes of them."""
     dit = dit_from_files(folder / DIT_CONFIG, folder / WEIGHTS, options.device)
-    with eager_engine(dit, record, options.device) as engine:
+    with DitEngine(dit, record, torch.device(options.device)) as engine:
         tensors = make_golden(engine)
     path = folder / golden_name(preset)
     path.parent.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lcexport.builder import BuildOptions, build
+from lcexport.builder import BuildOptions, build, options_from
 from lcexport.builder.staging import JOURNAL
 from lcexport.configs.errors import BuildError, IncompatibleError, UsageError
 from lcexport.engines import open_engine
@@ -76,6 +76,41 @@ def test_each_segment_is_a_stage_of_its_own(compiled):
     assert stages[-3:] == [f"compile:{BACKEND}:{SIZE}:{index}/3" for index in (1, 2, 3)]
 
 
+@pytest.fixture(scope="module")
+def shared(compiled_options: BuildOptions, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("shared") / "bundle"
+    build(
+        compiled_options.model_copy(update={"output": output, "weights": "shared", "segments": 0})
+    )
+    return output
+
+
+def test_with_shared_weights_there_are_three_plans_whatever_the_depth(shared, compiled):
+    manifest = open_bundle(shared, every_hash=True).manifest
+    engine = manifest.engines[BACKEND][SIZE]
+    assert [Path(plan.file).stem for plan in engine.plans] == ["embed", "block", "final"]
+    assert [plan.attentions for plan in engine.plans] == [0, 2, 0]
+    assert [call.plan for call in engine.calls] == [0, 1, 1, 1, 1, 2]
+    assert engine.calls[2].prefix == "blocks.1."
+    whole = open_bundle(compiled).manifest.graphs[SIZE].precision_proof
+    assert (
+        sum(engine.plans[call.plan].attentions for call in engine.calls)
+        == (whole["attentions_bulk"])
+    )
+
+
+def test_a_shared_plan_holds_no_weight(shared, compiled):
+    """The segments hold every weight once; the functions' plans hold code."""
+    sizes = []
+    for folder in (shared, compiled):
+        manifest = open_bundle(folder).manifest
+        plans = manifest.engines[BACKEND][SIZE].plans
+        sizes.append(sum(manifest.files[plan.file].bytes for plan in plans))
+        weights = manifest.files["dit.safetensors"].bytes
+    assert sizes[1] > weights
+    assert sizes[0] < sizes[1] - 0.9 * weights
+
+
 def test_a_plan_is_not_run_where_there_is_no_gpu(compiled):
     for device in ("cpu", "cuda"):
         with pytest.raises(IncompatibleError, match="NVIDIA GPU"):
@@ -131,6 +166,36 @@ def test_an_rtx_target_that_does_not_exist_is_refused(compiled_options, tmp_path
     with pytest.raises(UsageError, match="sm12"):
         build(options)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"weights": "shared", "segments": 2}, "shared weights have no segments"),
+        ({"weights": "shared", "trt": ["refit=true"]}, "shared weights have no refit"),
+        ({"backends": "onnxruntime", "segments": 2}, "need a TensorRT backend"),
+        ({"trt": ["optimization_level=6"]}, "trt.optimization_level: .*less than or equal to 5"),
+        ({"trt": ["optimisation=3"]}, "got 'optimisation=3'; wanted name=value with workspace_b"),
+        ({"trt": ["refit"]}, "got 'refit'"),
+        ({"targets": "sm89,sm89"}, "named twice: sm89"),
+    ],
+)
+def test_options_that_contradict_are_refused(given, match):
+    with pytest.raises(UsageError, match=match):
+        options_from(**{"res": SIZE, "backends": BACKEND, "precision": "bf16", **given})
+
+
+def test_tensorrts_options_come_from_words():
+    words = ["optimization_level=5", "weight_streaming=true", "workspace_bytes=1073741824"]
+    options = options_from(
+        res=SIZE, backends=BACKEND, precision="bf16", trt=words, targets="sm89, sm120"
+    )
+    assert options.trt == TrtOptions(
+        optimization_level=5,
+        weight_streaming=True,
+        workspace_bytes=1 << 30,
+        compute_capabilities=("sm89", "sm120"),
+    )
 
 
 def test_more_segments_than_blocks_are_refused(compiled_options, tmp_path):

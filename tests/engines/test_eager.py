@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lcexport.configs.errors import IncompatibleError, UsageError
+from lcexport.eager import DitEngine
 from lcexport.engines import TensorSpec, open_engine
 from lcexport.engines.bundle import open_bundle
 from lcexport.engines.eager import EagerEngine
@@ -50,6 +51,17 @@ def test_a_closed_engine(doubling):
     doubling.close()
     with pytest.raises(UsageError, match="closed"):
         doubling.run({"x": torch.zeros(2, 3)}, {"velocity": torch.zeros(2, 3)})
+
+
+def test_engines_of_one_bundle_use_one_dit(demo_bundle):
+    bundle = open_bundle(demo_bundle)
+    with open_engine("eager", bundle, SIZE) as first:
+        assert isinstance(first, DitEngine)
+        second = open_engine("eager", bundle, SIZE, like=first)
+        assert isinstance(second, DitEngine)
+        assert second.dit is first.dit
+    golden = read_golden(bundle, SIZE)  # the first is closed; the second goes on
+    assert torch.equal(run_branch(second, golden, "cond"), golden["velocity_cond"])
 
 
 def test_a_bundles_eager_engine_repeats_its_golden_outputs(demo_bundle):

@@ -174,6 +174,15 @@ def test_the_islands_of_the_dit_are_products_with_their_weights(check, dit_graph
         check(dit_graph.read_bytes(), dit_graph, expected.model_copy(update={"islands": wrong}))
 
 
+def test_an_islands_weight_that_is_handed_in_is_known_by_its_name(check_text):
+    text = """g (bfloat16[4,16] x, bfloat16[8,16] island) => (bfloat16[4,8] y) {
+        [product] y = Gemm <transB = 1> (x, island)
+    }"""
+    assert check_text(text).products_bulk == 1
+    with pytest.raises(BuildError, match=r"product.* with island is not float32"):
+        check_text(text, Expectations(attentions=0, islands=frozenset({"island"})))
+
+
 @pytest.mark.parametrize("kind", COUNTED)
 def test_every_count_is_held_against_the_network(check, dit_graph: Path, expected, kind):
     off = expected.model_copy(update={kind: getattr(expected, kind) + 1})

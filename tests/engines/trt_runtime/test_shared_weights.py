@@ -1,0 +1,176 @@
+"""Plans without weights on the double: one block for all, one set of weights for all sizes."""
+
+import hashlib
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+from safetensors.torch import load_file
+from trt_plans import plan_file
+
+from lcexport.builder.compile import part_units
+from lcexport.compare import STEP_TOLERANCE, difference
+from lcexport.configs.errors import IntegrityError
+from lcexport.engines.bundle import (
+    Bundle,
+    CallRecord,
+    EngineRecord,
+    FileRecord,
+    open_bundle,
+)
+from lcexport.engines.ort import OrtEngine
+from lcexport.engines.trt.backend import engine_from
+from lcexport.engines.trt.memory import Workspace
+from lcexport.engines.trt.reader import Here, this_platform
+from lcexport.golden import BRANCHES, read_golden, run_branch
+from lcexport.graph.parts import parts_of
+
+SIZE, OTHER = "64x96x9", "96x64x9"
+HERE = Here("tensorrt", "11.4.0", this_platform(), "sm90", "a double", "13.0")
+
+
+def compiled(bundle: Bundle, resolution: str, double, folder: Path) -> EngineRecord:
+    """What a build with shared weights would have made for the double; plans go to `folder`."""
+    parts, uses = parts_of(ir.load(bundle.path(bundle.graph(resolution).file)))
+    units = list(part_units(f"engines/tensorrt/{resolution}", parts, uses))
+    for unit in units:
+        path = folder / unit.record.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(double.plan_bytes(ir.to_proto(unit.model)))
+    return EngineRecord(
+        plans=tuple(unit.record for unit in units),
+        calls=tuple(CallRecord(plan=u.part, prefix=u.prefix, tensors=u.tensors) for u in uses),
+        product="tensorrt",
+        version=HERE.version,
+        platform=HERE.platform,
+        compute_capabilities=(HERE.compute_capability,),
+        gpu=HERE.gpu,
+        driver=HERE.driver,
+        options={
+            "strip_plan": False,
+            "hardware_compatibility": "none",
+            "version_compatible": False,
+        },
+        verified=False,
+    )
+
+
+@pytest.fixture
+def bundle(two_size_bundle, double, tmp_path) -> Bundle:
+    """The same with plans of the double for both, over the same files."""
+    opened = open_bundle(two_size_bundle)
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for path in two_size_bundle.iterdir():
+        (folder / path.name).symlink_to(path)
+    opened.folder = folder
+    records = {name: compiled(opened, name, double, folder) for name in (SIZE, OTHER)}
+    files = dict(opened.manifest.files)
+    for record in records.values():
+        for plan in record.plans:
+            made = plan_file(folder / plan.file)
+            files[plan.file] = FileRecord(bytes=made.bytes, sha256=made.sha256)
+    update = {"engines": {"tensorrt": records}, "files": files}
+    return Bundle(folder, opened.manifest.model_copy(update=update))
+
+
+@pytest.fixture
+def open_size(bundle, product, workspace):
+    opened = []
+
+    def make(resolution: str = SIZE, **arguments):
+        opened.append(engine_from(product, HERE, bundle, resolution, workspace, **arguments))
+        return opened[-1]
+
+    yield make
+    for engine in opened:
+        engine.close()
+
+
+@pytest.mark.parametrize("size", [SIZE, OTHER])
+def test_it_computes_what_onnx_runtime_computes(bundle, open_size, size):
+    golden = read_golden(bundle, size)
+    with OrtEngine(bundle.path(f"dit.{size}.onnx")) as reference:
+        engine = open_size(size)
+        assert (engine.inputs, engine.outputs) == (reference.inputs, reference.outputs)
+        for branch in BRANCHES:
+            found = run_branch(engine, golden, branch)
+            torch.testing.assert_close(found, run_branch(reference, golden, branch))
+            error = difference(found, golden[f"velocity_{branch}"])
+            assert STEP_TOLERANCE["fp32"].holds(error)
+
+
+def test_two_size_bundle_use_one_set_of_weights_and_one_workspace(bundle, open_size, workspace):
+    first = open_size(SIZE)
+    second = open_size(OTHER, like=first)
+    assert second.shared_weights is first.shared_weights
+    assert second.workspace is first.workspace
+    for engine, size in ((first, SIZE), (second, OTHER), (first, SIZE)):
+        golden = read_golden(bundle, size)
+        error = difference(run_branch(engine, golden, "cond"), golden["velocity_cond"])
+        assert STEP_TOLERANCE["fp32"].holds(error)
+
+
+def test_weights_of_another_bundle_are_not_taken(bundle, open_size):
+    first = open_size()
+    files = bundle.manifest.files
+    other = FileRecord(
+        bytes=files["dit.safetensors"].bytes, sha256=hashlib.sha256(b"other").hexdigest()
+    )
+    bundle.manifest = bundle.manifest.model_copy(
+        update={"files": {**files, "dit.safetensors": other}}
+    )
+    assert open_size(like=first).shared_weights is not first.shared_weights
+
+
+def test_base_then_other_then_base_is_exact_and_moves_nothing(bundle, open_size, ops):
+    engine, golden = open_size(), read_golden(bundle, SIZE)
+    base = load_file(bundle.path("dit.safetensors"))
+    other = base | {"final_layer.proj.weight": base["final_layer.proj.weight"] * 2}
+    first = run_branch(engine, golden, "cond")
+    addresses = {name: tensor.data_ptr() for name, tensor in engine.shared_weights.tensors.items()}
+    engine.refit(other)
+    assert not torch.equal(run_branch(engine, golden, "cond"), first)
+    engine.refit(base)
+    assert torch.equal(run_branch(engine, golden, "cond"), first)
+    for name, tensor in engine.shared_weights.tensors.items():
+        assert tensor.data_ptr() == addresses[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda weights: weights.pop("final_layer.proj.bias"), "lack 1 of .*proj.bias"),
+        (
+            lambda weights: weights.update({"final_layer.proj.bias": torch.zeros(3)}),
+            r"proj.bias does not fit the engine; got torch.float32 \[3\]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_change_nothing(bundle, open_size, change, match):
+    engine, golden = open_size(), read_golden(bundle, SIZE)
+    first = run_branch(engine, golden, "cond")
+    wrong = {name: tensor * 2 for name, tensor in load_file(bundle.path("dit.safetensors")).items()}
+    change(wrong)
+    with pytest.raises(IntegrityError, match=match):
+        engine.refit(wrong)
+    assert torch.equal(run_branch(engine, golden, "cond"), first)
+
+
+def test_the_engine_gives_its_plans_back_and_leaves_the_weights_to_the_other(open_size, bundle):
+    first = open_size(SIZE)
+    second = open_size(OTHER, like=first)
+    first.close()
+    assert not first.shared_weights.tensors
+    golden = read_golden(bundle, OTHER)
+    error = difference(run_branch(second, golden, "cond"), golden["velocity_cond"])
+    assert STEP_TOLERANCE["fp32"].holds(error)
+
+
+def test_the_block_is_deserialised_once(open_size, workspace: Workspace):
+    engine = open_size()
+    assert len(engine._engines) == 3
+    assert len(engine._steps) == 6
+    assert len({id(step.engine) for step in engine._steps}) == 3
+    assert workspace.bytes >= engine.workspace_bytes
