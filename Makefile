@@ -65,7 +65,8 @@ lint: $(VENV)/dev.stamp  ## ruff: rules and format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-types: $(VENV)/dev.stamp  ## pyright
+types: $(VENV)/dev.stamp  ## pyright, with stubs made from TensorRT's bindings
+	@$(BIN)/python tools/make_trt_stubs.py
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 layers: $(VENV)/dev.stamp  ## import-linter: arrows point one way

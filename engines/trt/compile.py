@@ -4,6 +4,8 @@ TensorRT calls back into Python from C++, which swallows exceptions: each callba
 exception, tells TensorRT to stop, and the exception is raised when TensorRT has returned.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import re
@@ -12,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict
 
@@ -34,6 +36,9 @@ from lcexport.engines.trt.network import (
 from lcexport.engines.trt.options import TrtOptions, configure, require_supported
 from lcexport.engines.trt.product import MessageLog, Product, builder_for, logger_for
 from lcexport.engines.trt.timing import load_timing_cache, merge_timing_cache
+
+if TYPE_CHECKING:
+    from lcexport.engines.trt.product import TensorRT
 
 OnProgress = Callable[[float, str], None]
 Cancel = Callable[[], bool]
@@ -120,7 +125,13 @@ def compile_plan(
     )
 
 
-def serialize(product: Product, builder: Any, network: Any, config: Any, sink: "PlanSink") -> bool:
+def serialize(
+    product: Product,
+    builder: TensorRT.Builder,
+    network: TensorRT.INetworkDefinition,
+    config: TensorRT.IBuilderConfig,
+    sink: PlanSink,
+) -> bool:
     """Compile into `sink`, in pieces where the product can: a plan is as large as its weights."""
     if hasattr(builder, "build_serialized_network_to_stream"):
         writer = writer_for(product, sink)
@@ -150,7 +161,7 @@ class PlanSink:
         return len(data)
 
 
-def writer_for(product: Product, sink: PlanSink) -> Any:
+def writer_for(product: Product, sink: PlanSink) -> TensorRT.IStreamWriter:
     """A TensorRT stream writer over `sink`."""
     trt = product.trt
 
@@ -158,7 +169,8 @@ def writer_for(product: Product, sink: PlanSink) -> Any:
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
 
-        def write(self, data: bytes) -> int:
+        # The binding's own signature is its C++ side's: it calls this one with a copy.
+        def write(self, data: bytes) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
             return sink.write(data)
 
     return Writer()
@@ -224,7 +236,7 @@ class Progress:
         return fraction
 
 
-def monitor_for(product: Product, progress: Progress) -> Any:
+def monitor_for(product: Product, progress: Progress) -> TensorRT.IProgressMonitor:
     """A TensorRT progress monitor over `progress`."""
     trt = product.trt
 
@@ -245,7 +257,11 @@ def monitor_for(product: Product, progress: Progress) -> Any:
 
 
 def build_error(
-    product: Product, options: TrtOptions, log: MessageLog, network: Any, path: Path
+    product: Product,
+    options: TrtOptions,
+    log: MessageLog,
+    network: TensorRT.INetworkDefinition,
+    path: Path,
 ) -> LcexportError:
     """The compiler gives no exception, only messages: the error that the last of them mean."""
     said = "\n".join(log.errors)

@@ -6,14 +6,19 @@ tensors to each other. Neither outlives a run, so every engine that is given the
 order. What is CUDA's is behind `DeviceOps`, so that tests can run on the host.
 """
 
+from __future__ import annotations
+
 import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from lcexport.configs.errors import IncompatibleError, ResourceError
+
+if TYPE_CHECKING:
+    from lcexport.engines.trt.product import TensorRT
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of device memory
 
@@ -126,7 +131,7 @@ class Lifetime:
     first: int
     last: int
 
-    def meets(self, other: "Lifetime") -> bool:
+    def meets(self, other: Lifetime) -> bool:
         """Whether some step needs both."""
         return self.first <= other.last and other.first <= self.last
 
@@ -152,7 +157,7 @@ def place(lifetimes: Mapping[str, Lifetime]) -> tuple[dict[str, int], int]:
     return offsets, total
 
 
-def torch_dtype(trt: Any, dtype: Any) -> torch.dtype:
+def torch_dtype(trt: TensorRT, dtype: TensorRT.DataType) -> torch.dtype:
     """Torch's name of a TensorRT type; `trt.nptype` would not do, as numpy has no bfloat16."""
     known = {
         trt.DataType.FLOAT: torch.float32,

@@ -6,17 +6,24 @@ layers, none in float32), the norms and roots (float32), every rounding to a low
 of finished sums, norms and turned pairs) and the number of each.
 """
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict
 
 from lcexport.configs.errors import BuildError
 from lcexport.engines.bundle import TensorRecord
 from lcexport.engines.trt.product import MessageLog, Product
+
+if TYPE_CHECKING:
+    from lcexport.engines.trt.product import TensorRT
+
+L = TypeVar("L", bound="TensorRT.ILayer")
 
 # Fused float16 attention sums its exponentials in float16, which ends at 65,504.
 MOST_FP16_KEYS = 60_000
@@ -107,12 +114,17 @@ class NetworkSummary(BaseModel):
 class Parsed:
     """A parsed network. The parser owns the weights, so it is kept as long as the network."""
 
-    network: Any
-    parser: Any
+    network: TensorRT.INetworkDefinition
+    parser: TensorRT.OnnxParser
 
 
 def parse_network(
-    product: Product, builder: Any, logger: Any, log: MessageLog, graph: bytes, path: Path
+    product: Product,
+    builder: TensorRT.Builder,
+    logger: TensorRT.ILogger,
+    log: MessageLog,
+    graph: bytes,
+    path: Path,
 ) -> Parsed:
     """Parse `graph`; external data is looked for beside `path`, and mapped, not read.
 
@@ -131,7 +143,9 @@ def parse_network(
     return Parsed(network, parser)
 
 
-def parser_error(product: Product, parser: Any, log: MessageLog, path: Path) -> BuildError:
+def parser_error(
+    product: Product, parser: TensorRT.OnnxParser, log: MessageLog, path: Path
+) -> BuildError:
     """What the parser says is wrong: the first error, and how many more there are."""
     count = parser.num_errors
     if count == 0:
@@ -163,7 +177,7 @@ def parser_advice(reason: str) -> str:
 
 
 def check_network(
-    product: Product, network: Any, expectations: Expectations, path: Path
+    product: Product, network: TensorRT.INetworkDefinition, expectations: Expectations, path: Path
 ) -> NetworkSummary:
     """Walk the network and hold it against `expectations`.
 
@@ -179,10 +193,10 @@ class Layer:
 
     index: int
     kind: str
-    raw: Any
+    raw: TensorRT.ILayer
     place: str
-    inputs: tuple[Any, ...]
-    outputs: tuple[Any, ...]
+    inputs: tuple[TensorRT.ITensor, ...]
+    outputs: tuple[TensorRT.ITensor, ...]
 
     def __str__(self) -> str:
         return f"layer {self.index} {self.raw.name!r} ({self.kind}, {self.place})"
@@ -197,7 +211,7 @@ class Layer:
 class NetworkCheck:
     """One walk over one network."""
 
-    def __init__(self, product: Product, network: Any, path: Path) -> None:
+    def __init__(self, product: Product, network: TensorRT.INetworkDefinition, path: Path) -> None:
         self.product, self.trt, self.network, self.path = product, product.trt, network, path
         self.layers = list(layers_of(network))
         self.makers = {tensor.name: layer for layer in self.layers for tensor in layer.outputs}
@@ -245,8 +259,7 @@ class NetworkCheck:
 
     def check_attention(self, layer: Layer) -> None:
         """One attention: fused or nothing, and in a precision that has a fused kernel."""
-        layer.raw.__class__ = self.trt.IAttentionInputLayer
-        attention = layer.raw.attention
+        attention = seen_as(self.trt.IAttentionInputLayer, layer.raw).attention
         if attention.decomposable:
             self.refuse(
                 f"{layer} may be taken apart, which would keep every score in memory",
@@ -274,10 +287,9 @@ class NetworkCheck:
     def check_product(self, layer: Layer, islands: frozenset[str]) -> None:
         """A product with an island's weight is float32."""
         bulk = bool(layer.dtypes & LOW)
-        weights = self.weights_of(layer)
-        if bulk and weights & islands:
+        if bulk and (sensitive := self.weights_of(layer) & islands):
             low = ", ".join(sorted(layer.dtypes))
-            self.refuse(f"{layer} with {', '.join(weights)} is not float32", got=low)
+            self.refuse(f"{layer} with {', '.join(sorted(sensitive))} is not float32", got=low)
         self.count("products_bulk" if bulk else "products_fp32", layer)
 
     def weights_of(self, layer: Layer) -> set[str]:
@@ -332,11 +344,11 @@ class NetworkCheck:
                 f"{layer} leaves float32 too early", got=f"{dtype_of(layer.outputs[0])} of {source}"
             )
 
-    def origin(self, tensor: Any) -> Layer | None:
+    def origin(self, tensor: TensorRT.ITensor) -> Layer | None:
         """The layer that computed a tensor, looking through what only moves; None for an input."""
         return self.makers.get(self.root(tensor).name)
 
-    def root(self, tensor: Any) -> Any:
+    def root(self, tensor: TensorRT.ITensor) -> TensorRT.ITensor:
         """The tensor that was moved about until it became this one."""
         while (layer := self.makers.get(tensor.name)) is not None and layer.kind in MOVES:
             tensor = layer.inputs[0]
@@ -344,13 +356,11 @@ class NetworkCheck:
 
     def is_one(self, layer: Layer) -> bool:
         """Whether a constant is the one number 1."""
-        layer.raw.__class__ = self.trt.IConstantLayer
-        weights = layer.raw.weights
+        weights = seen_as(self.trt.IConstantLayer, layer.raw).weights
         return weights.size == 1 and bool(weights.flat[0] == 1)
 
-    def operation(self, layer: Layer) -> Any:
-        layer.raw.__class__ = self.trt.IElementWiseLayer
-        return layer.raw.op
+    def operation(self, layer: Layer) -> TensorRT.ElementWiseOperation:
+        return seen_as(self.trt.IElementWiseLayer, layer.raw).op
 
     def count(self, kind: str, layer: Layer) -> None:
         self.found.setdefault(kind, []).append(layer)
@@ -364,7 +374,7 @@ class NetworkCheck:
             wanted=str(wanted),
         )
 
-    def record(self, tensor: Any) -> TensorRecord:
+    def record(self, tensor: TensorRT.ITensor) -> TensorRecord:
         shape = tuple(tensor.shape)
         if any(size < 0 for size in shape):
             self.refuse(f"the tensor {tensor.name} has no static shape", got=list(shape))
@@ -378,7 +388,13 @@ class NetworkCheck:
         )
 
 
-def layers_of(network: Any) -> Iterator[Layer]:
+def seen_as(kind: type[L], raw: TensorRT.ILayer) -> L:
+    """A layer as what it is: the bindings hand out each one as the base class."""
+    raw.__class__ = kind
+    return cast("L", raw)
+
+
+def layers_of(network: TensorRT.INetworkDefinition) -> Iterator[Layer]:
     """The network's layers in order, each with the ONNX function call it came from."""
     place = ""
     for index in range(network.num_layers):
@@ -396,15 +412,15 @@ def layers_of(network: Any) -> Iterator[Layer]:
         )
 
 
-def inputs_of(network: Any) -> Iterator[Any]:
+def inputs_of(network: TensorRT.INetworkDefinition) -> Iterator[TensorRT.ITensor]:
     return (network.get_input(index) for index in range(network.num_inputs))
 
 
-def outputs_of(network: Any) -> Iterator[Any]:
+def outputs_of(network: TensorRT.INetworkDefinition) -> Iterator[TensorRT.ITensor]:
     return (network.get_output(index) for index in range(network.num_outputs))
 
 
-def attention_kinds(network: Any) -> str:
+def attention_kinds(network: TensorRT.INetworkDefinition) -> str:
     """The attention layers' types and sizes, for an error that cannot say which one is meant."""
     kinds: dict[str, list[str]] = {}
     for layer in layers_of(network):
@@ -415,13 +431,13 @@ def attention_kinds(network: Any) -> str:
     return "; ".join(f"{names[0]} and alike ({len(names)}): {k}" for k, names in kinds.items())
 
 
-def dtype_of(tensor: Any) -> str:
+def dtype_of(tensor: TensorRT.ITensor) -> str:
     """torch's name for a tensor's type; TensorRT's own for types torch has under another."""
     name = str(tensor.dtype.name)
     return DTYPES.get(name, name)
 
 
-def bytes_of(tensor: Any) -> int:
+def bytes_of(tensor: TensorRT.ITensor) -> int:
     size = ITEM_BYTES.get(dtype_of(tensor), 1)
     for extent in tensor.shape:
         size *= extent

@@ -3,13 +3,18 @@
 What a product lacks is an error that says so: nothing asked for is ignored.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.engines.trt.product import Product
+
+if TYPE_CHECKING:
+    from lcexport.engines.trt.product import TensorRT
 
 HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
 NOT_TARGETS = ("NONE", "CURRENT")  # no GPU architectures: CURRENT asks the driver for one
@@ -83,7 +88,9 @@ def require_supported(product: Product, options: TrtOptions) -> None:
             )
 
 
-def configure(product: Product, builder: Any, options: TrtOptions) -> Any:
+def configure(
+    product: Product, builder: TensorRT.Builder, options: TrtOptions
+) -> TensorRT.IBuilderConfig:
     """A builder configuration that does what `options` say, with true float32.
 
     Raises:
@@ -114,7 +121,7 @@ def configure(product: Product, builder: Any, options: TrtOptions) -> Any:
     return config
 
 
-def builder_flags(product: Product, options: TrtOptions) -> list[Any]:
+def builder_flags(product: Product, options: TrtOptions) -> list[TensorRT.BuilderFlag]:
     """The flags to set, as members: their numbers differ between versions."""
     trt = product.trt
     flags = []
@@ -131,7 +138,7 @@ def builder_flags(product: Product, options: TrtOptions) -> list[Any]:
     return flags
 
 
-def set_targets(product: Product, config: Any, names: tuple[str, ...]) -> None:
+def set_targets(product: Product, config: TensorRT.IBuilderConfig, names: tuple[str, ...]) -> None:
     """Compile for these GPUs and no others."""
     if not names:
         return
@@ -141,7 +148,7 @@ def set_targets(product: Product, config: Any, names: tuple[str, ...]) -> None:
             raise UsageError(f"{product} refuses the compute capability", got=repr(name))
 
 
-def target_from(product: Product, name: str) -> Any:
+def target_from(product: Product, name: str) -> TensorRT.ComputeCapability:
     """The module's member for `sm89`.
 
     Raises:

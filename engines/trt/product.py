@@ -4,15 +4,21 @@ Both modules offer the same classes; what differs is said by `Product`, and aske
 itself where it can be. Everything in this package is handed a product and imports neither.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lcexport.configs.errors import IncompatibleError, UsageError
+
+if TYPE_CHECKING:
+    # Made by tools/make_trt_stubs.py; there is no such module at run time.
+    from tensorrt_api import TensorRT  # pyright: ignore[reportMissingModuleSource]
 
 ProductName = Literal["tensorrt", "tensorrt-rtx"]
 KEPT_MESSAGES = 20
@@ -40,7 +46,7 @@ class Product:
     """An imported product: `trt` is its module."""
 
     name: ProductName
-    trt: Any
+    trt: TensorRT
     version: tuple[int, ...]
 
     @property
@@ -113,7 +119,7 @@ class MessageLog:
             self._on_message(severity, message)
 
 
-def logger_for(product: Product, log: MessageLog) -> Any:
+def logger_for(product: Product, log: MessageLog) -> TensorRT.ILogger:
     """A TensorRT logger that fills `log`. Everything made with it must not outlive it."""
     trt = product.trt
 
@@ -121,13 +127,13 @@ def logger_for(product: Product, log: MessageLog) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
-        def log(self, severity: Any, msg: str) -> None:
+        def log(self, severity: TensorRT.ILogger.Severity, msg: str) -> None:
             log.add(severity.name, msg)
 
     return Logger()
 
 
-def builder_for(product: Product, logger: Any) -> Any:
+def builder_for(product: Product, logger: TensorRT.ILogger) -> TensorRT.Builder:
     """A TensorRT builder.
 
     Raises:

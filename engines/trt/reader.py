@@ -5,13 +5,15 @@ for what is here (`check_target`), is it the file that the manifest names (`Veri
 are the bytes handed over those that were hashed (each chunk is checked again as it is read).
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import torch
 
@@ -19,6 +21,9 @@ from lcexport.configs.errors import IncompatibleError, IntegrityError
 from lcexport.engines.trt.memory import driver_version
 from lcexport.engines.trt.options import HardwareCompatibility
 from lcexport.engines.trt.product import MessageLog, Product
+
+if TYPE_CHECKING:
+    from lcexport.engines.trt.product import TensorRT
 
 CHUNK_BYTES = 64 << 20  # of the file held in host memory while an engine is read
 AMPERE = 80  # as in sm80
@@ -231,7 +236,9 @@ class VerifiedPlan:
         self.close()
 
 
-def deserialize(product: Product, runtime: Any, plan: VerifiedPlan, log: MessageLog) -> Any:
+def deserialize(
+    product: Product, runtime: TensorRT.Runtime, plan: VerifiedPlan, log: MessageLog
+) -> TensorRT.ICudaEngine:
     """The `ICudaEngine` in a plan.
 
     Raises:
@@ -252,7 +259,9 @@ def deserialize(product: Product, runtime: Any, plan: VerifiedPlan, log: Message
     return refused_if_none(engine, plan, log)
 
 
-def refused_if_none(engine: Any, plan: VerifiedPlan, log: MessageLog) -> Any:
+def refused_if_none(
+    engine: TensorRT.ICudaEngine | None, plan: VerifiedPlan, log: MessageLog
+) -> TensorRT.ICudaEngine:
     if engine is None:
         raise IncompatibleError(
             f"TensorRT refused {plan.plan.path}",
@@ -282,8 +291,8 @@ def stream_reader(
             self.position = 0
             self.failure: BaseException | None = None
 
-        def read(self, num_bytes: int, stream: int) -> bytes:
-            """The binding's own signature differs: it calls this one and copies the result."""
+        # The binding's own signature is its C++ side's: it calls this one and copies the result.
+        def read(self, num_bytes: int, stream: int) -> bytes:  # pyright: ignore[reportIncompatibleMethodOverride]
             try:
                 data = plan.read(self.position, num_bytes)
             except BaseException as error:
@@ -292,7 +301,7 @@ def stream_reader(
             self.position += len(data)
             return data
 
-        def seek(self, offset: int, where: Any) -> bool:
+        def seek(self, offset: int, where: TensorRT.SeekPosition) -> bool:
             origins = {
                 trt.SeekPosition.SET: 0,
                 trt.SeekPosition.CUR: self.position,

@@ -5,8 +5,10 @@ them. Every weight is set each time: base, then A, then base again is the base, 
 a safetensors file are mapped, so nothing is read before TensorRT or the device copies it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,12 +16,15 @@ from lcexport.configs.errors import IntegrityError, LcexportError, UsageError
 from lcexport.engines.trt.product import MessageLog, Product
 from lcexport.engines.trt.reader import said
 
+if TYPE_CHECKING:
+    from lcexport.engines.trt.product import TensorRT
+
 
 def refit_from_weights(
     product: Product,
-    logger: Any,
+    logger: TensorRT.ILogger,
     log: MessageLog,
-    engine: Any,
+    engine: TensorRT.ICudaEngine,
     weights: Mapping[str, torch.Tensor],
 ) -> None:
     """Set every refittable weight of an `ICudaEngine`. Nothing may be running on it.
@@ -61,16 +66,14 @@ def overwrite(present: Mapping[str, torch.Tensor], weights: Mapping[str, torch.T
         IntegrityError: a weight is missing, or has another type or shape; nothing was changed.
     """
     require_all(present, weights)
-    for name, tensor in present.items():
+    for name, own in present.items():
         given = weights[name]
-        if (given.dtype, given.shape) != (tensor.dtype, tensor.shape):
+        if (given.dtype, given.shape) != (own.dtype, own.shape):
             raise does_not_fit(
-                name,
-                f"{given.dtype} {list(given.shape)}",
-                f"{tensor.dtype} {list(tensor.shape)}",
+                name, f"{given.dtype} {list(given.shape)}", f"{own.dtype} {list(own.shape)}"
             )
-    for name, tensor in present.items():
-        tensor.copy_(weights[name])
+    for name, own in present.items():
+        own.copy_(weights[name])
 
 
 def require_all(wanted: Collection[str], weights: Mapping[str, torch.Tensor]) -> None:
@@ -83,7 +86,7 @@ def require_all(wanted: Collection[str], weights: Mapping[str, torch.Tensor]) ->
         )
 
 
-def trt_dtype(trt: Any, dtype: torch.dtype) -> Any:
+def trt_dtype(trt: TensorRT, dtype: torch.dtype) -> TensorRT.DataType:
     """TensorRT's name of torch's type. IntegrityError where it has none."""
     known = {
         torch.float32: trt.DataType.FLOAT,
@@ -98,7 +101,7 @@ def trt_dtype(trt: Any, dtype: torch.dtype) -> Any:
     return known[dtype]
 
 
-def check_prototype(name: str, prototype: Any, weights: Any) -> None:
+def check_prototype(name: str, prototype: TensorRT.Weights, weights: TensorRT.Weights) -> None:
     """Refuse what TensorRT would convert or misread: type and count must be the engine's."""
     if (prototype.dtype, prototype.size) != (weights.dtype, weights.size):
         raise does_not_fit(

@@ -11,10 +11,12 @@ one for each resolution, use together.
 TensorRT and TensorRT for RTX have the same calls here.
 """
 
+from __future__ import annotations
+
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 
@@ -32,6 +34,9 @@ from lcexport.engines.trt.reader import (
 )
 from lcexport.engines.trt.refit import overwrite, refit_from_weights
 from lcexport.engines.trt.steps import Call, Step, make_context, refused, step_from, wire
+
+if TYPE_CHECKING:
+    from lcexport.engines.trt.product import TensorRT
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Bound:
 
     addresses: dict[str, int] = field(default_factory=dict)
     base: int = 0
-    replay: Any = None
+    replay: Callable[[], None] | None = None
 
 
 def open_plans(
@@ -87,7 +92,7 @@ def open_plans(
     options: RunOptions | None = None,
     calls: Sequence[Call] | None = None,
     shared_weights: SharedWeights | None = None,
-) -> "TrtEngine":
+) -> TrtEngine:
     """Open plans that were built for what is here; `TrtEngine` says the rest.
 
     Raises:
@@ -140,17 +145,17 @@ class TrtEngine:
         self._product, self._options = product, options or RunOptions()
         self._log = MessageLog()
         self._logger = logger_for(product, self._log)  # outlives all that is made with it
-        self._engines: list[Any] = []
+        self._engines: list[TensorRT.ICudaEngine] = []
         self._steps: list[Step] = []
         self._bound = Bound()
-        self._runtime: Any = product.trt.Runtime(self._logger)
+        self._runtime: TensorRT.Runtime | None = product.trt.Runtime(self._logger)
         try:
             if host_code:
                 self._runtime.engine_host_code_allowed = True
             for plan in plans:
                 self._engines.append(self._open(plan))
             for call in calls or [Call(index) for index in range(len(plans))]:
-                self._steps.append(step_from(product, self._engines[call.plan], call.names))
+                self._steps.append(step_from(product, self._engines[call.plan], call))
             self._prepare()
         except BaseException as error:
             # The traceback's frames hold engines, which must not outlive the runtime.
@@ -158,7 +163,8 @@ class TrtEngine:
             self.close()
             raise
 
-    def _open(self, plan: PlanFile) -> Any:
+    def _open(self, plan: PlanFile) -> TensorRT.ICudaEngine:
+        assert self._runtime is not None
         with VerifiedPlan(plan) as verified:
             return deserialize(self._product, self._runtime, verified, self._log)
 
@@ -171,7 +177,7 @@ class TrtEngine:
             self.refit(self._options.weights)
         set_weight_budget(self._engines, self._options)
         for step in self._steps:
-            make_context(self._product, step, self._log)
+            make_context(self._product, self._engines[step.plan], step, self._log)
         # Scratch first, as only one step runs at a time; then what they hand on.
         scratch = aligned(max(step.scratch_bytes for step in self._steps))
         offsets, behind = place(wiring.internal)
@@ -225,14 +231,14 @@ class TrtEngine:
         everything = {**self._weights, **addresses, **made}
         for step in self._steps:
             if step.scratch_bytes:
-                step.context.set_device_memory(base, step.scratch_bytes)
+                step.ready.set_device_memory(base, step.scratch_bytes)
             for name, own_name in step.names.items():
-                if not step.context.set_tensor_address(own_name, everything[name]):
+                if not step.ready.set_tensor_address(own_name, everything[name]):
                     raise refused(self._log, f"set_tensor_address({name!r}) returned False")
 
     def _enqueue(self) -> None:
         for number, step in enumerate(self._steps, start=1):
-            if not step.context.execute_async_v3(self.workspace.ops.stream):
+            if not step.ready.execute_async_v3(self.workspace.ops.stream):
                 which = f" for step {number} of {len(self._steps)}"
                 raise refused(self._log, f"execute_async_v3 returned False{which}")
 
@@ -263,7 +269,7 @@ class TrtEngine:
         self.workspace.ops.synchronize()
         self._bound = Bound()
         for step in self._steps:
-            step.context = step.engine = None
+            step.context = None  # a traceback may hold the step for longer than the runtime lives
         self._steps.clear()
         self._engines.clear()
         self.shared_weights = SharedWeights()
@@ -276,7 +282,7 @@ class TrtEngine:
         self.close()
 
 
-def set_weight_budget(engines: Sequence[Any], options: RunOptions) -> None:
+def set_weight_budget(engines: Sequence[TensorRT.ICudaEngine], options: RunOptions) -> None:
     """Share the budget out in proportion to the segments' weights.
 
     Raises:

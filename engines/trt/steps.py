@@ -5,9 +5,11 @@ other weights each time: one plan for all the blocks. Either way a run is a list
 step is one execution context and its tensors under the engine's names.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +18,9 @@ from lcexport.engines import TensorSpec
 from lcexport.engines.trt.memory import Lifetime, torch_dtype
 from lcexport.engines.trt.product import MessageLog, Product
 from lcexport.engines.trt.reader import said
+
+if TYPE_CHECKING:
+    from lcexport.engines.trt.product import TensorRT
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,21 @@ class Call:
 
 @dataclass
 class Step:
-    """One execution context, its tensors under the engine's names, and the plan's for each."""
+    """One use of a plan: its tensors under the engine's names, the plan's name for each, and the
+    context, which the engine lets go first when it is closed.
+    """
 
-    engine: Any
+    plan: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     names: dict[str, str]
-    context: Any = None
+    context: TensorRT.IExecutionContext | None = None
     scratch_bytes: int = 0
+
+    @property
+    def ready(self) -> TensorRT.IExecutionContext:
+        assert self.context is not None, "make_context comes first"
+        return self.context
 
 
 @dataclass(frozen=True)
@@ -52,19 +64,20 @@ class Wiring:
     internal: dict[str, Lifetime]
 
 
-def step_from(product: Product, engine: Any, names: Mapping[str, str]) -> Step:
+def step_from(product: Product, engine: TensorRT.ICudaEngine, call: Call) -> Step:
     """A step that runs a deserialised plan, with no context yet."""
+    names = call.names
     inputs, outputs = ports_of(product, engine)
     renamed = [
         tuple(TensorSpec(names.get(s.name, s.name), s.shape, s.dtype) for s in specs)
         for specs in (inputs, outputs)
     ]
     own = {names.get(spec.name, spec.name): spec.name for spec in (*inputs, *outputs)}
-    return Step(engine, renamed[0], renamed[1], own)
+    return Step(call.plan, renamed[0], renamed[1], own)
 
 
 def ports_of(
-    product: Product, engine: Any
+    product: Product, engine: TensorRT.ICudaEngine
 ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """A plan's inputs and outputs. IncompatibleError: dynamic shapes, or tensors on the host."""
     trt = product.trt
@@ -123,7 +136,9 @@ def do_not_fit(spec: TensorSpec, source: TensorSpec) -> IntegrityError:
     )
 
 
-def make_context(product: Product, step: Step, log: MessageLog) -> None:
+def make_context(
+    product: Product, engine: TensorRT.ICudaEngine, step: Step, log: MessageLog
+) -> None:
     """Create the context, without memory of its own, and fix its shapes.
 
     Raises:
@@ -132,9 +147,9 @@ def make_context(product: Product, step: Step, log: MessageLog) -> None:
     """
     trt = product.trt
     # Asked for after the budget, which changes it.
-    step.scratch_bytes = step.engine.device_memory_size_v2
+    step.scratch_bytes = engine.device_memory_size_v2
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-    step.context = step.engine.create_execution_context(strategy)
+    step.context = engine.create_execution_context(strategy)
     if step.context is None:
         raise ResourceError(
             "TensorRT made no execution context",

@@ -4,17 +4,22 @@ The caller names the file, one per GPU and TensorRT version. Several builds may 
 merges its measurements into what the file holds by then, under a lock, and replaces it whole.
 """
 
+from __future__ import annotations
+
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lcexport.configs.errors import IncompatibleError, ResourceError
 from lcexport.engines.files import resource_errors, write_bytes
 
+if TYPE_CHECKING:
+    from lcexport.engines.trt.product import TensorRT
 
-def load_timing_cache(config: Any, path: Path) -> Any:
+
+def load_timing_cache(config: TensorRT.IBuilderConfig, path: Path) -> TensorRT.ITimingCache:
     """Give the builder the measurements in `path`, or an empty cache where there is no file.
 
     The cache returned must live until the build has ended.
@@ -31,7 +36,7 @@ def load_timing_cache(config: Any, path: Path) -> Any:
     return cache
 
 
-def merge_timing_cache(config: Any, path: Path) -> None:
+def merge_timing_cache(config: TensorRT.IBuilderConfig, path: Path) -> None:
     """Add what this build measured to what the file holds now; it is replaced whole.
 
     Raises:
@@ -46,7 +51,7 @@ def merge_timing_cache(config: Any, path: Path) -> None:
         write_bytes(path, bytes(memoryview(measured.serialize())), replace=True)
 
 
-def cache_from(config: Any, data: bytes, path: Path) -> Any:
+def cache_from(config: TensorRT.IBuilderConfig, data: bytes, path: Path) -> TensorRT.ITimingCache:
     cache = config.create_timing_cache(data)
     if cache is None:
         raise foreign(path)

@@ -1,37 +1,22 @@
 """Which names of TensorRT a source file uses, found by reading it.
 
 What is TensorRT's is known from the names that hold the module (`trt`, `self.trt`), from what
-constructors, methods and properties return by their real signatures, and from `KINDS`: what a
-parameter or attribute annotated `Any`, or a loop's variable, of that name holds everywhere in
+constructors, methods and properties return by their real signatures, from our own annotations
+(`TensorRT.Builder`), and from `LOOPS`: what a loop's variable of that name holds everywhere in
 `engines/trt`.
 """
 
 import ast
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from surface import Surface
 
 MODULE = "<module>"
 HOLDERS = {"trt", "_trt"}
-KINDS = {
-    "attention": "IAttention",
-    "builder": "Builder",
-    "cache": "ITimingCache",
-    "config": "IBuilderConfig",
-    "context": "IExecutionContext",
-    "engine": "ICudaEngine",
-    "inspector": "EngineInspector",
-    "logger": "ILogger",
-    "network": "INetworkDefinition",
-    "parser": "OnnxParser",
-    "prototype": "Weights",
-    "raw": "ILayer",
-    "refitter": "Refitter",
-    "runtime": "Runtime",
-    "tensor": "ITensor",
-    "weights": "Weights",
-}
+LOOPS = {"engine": "ICudaEngine", "raw": "ILayer", "tensor": "ITensor"}
+ANNOTATION = re.compile(r"TensorRT\.(\w+)(?: \| None)?")
 
 
 @dataclass(frozen=True)
@@ -49,9 +34,9 @@ class Use:
         return f"line {self.line}: {self.owner + '.' if self.owner else ''}{self.name}"
 
 
-def uses_of(source: str, known: Surface) -> list[Use]:
-    """Every use, in order; `known` says what calls return."""
-    reader = Reader(known)
+def uses_of(source: str, known: Surface, functions: Mapping[str, str] | None = None) -> list[Use]:
+    """Every use, in order; `known` says what TensorRT's calls return, `functions` what ours do."""
+    reader = Reader(known, functions)
     reader.module(ast.parse(source))
     return sorted(set(reader.uses) - reader.guarded_uses(), key=lambda use: (use.line, str(use)))
 
@@ -61,6 +46,27 @@ def guards_of(source: str, known: Surface) -> set[str]:
     reader = Reader(known)
     reader.module(ast.parse(source))
     return reader.guards
+
+
+def functions_of(source: str) -> dict[str, str]:
+    """Our functions that return an object of TensorRT's, and its class; `.name` for properties."""
+    return {
+        ("." if is_property(node) else "") + node.name: kind
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and (kind := annotated(node.returns))
+    }
+
+
+def is_property(node: ast.FunctionDef) -> bool:
+    return any(ast.unparse(decorator) == "property" for decorator in node.decorator_list)
+
+
+def annotated(annotation: ast.expr | None) -> str | None:
+    """The class X of an annotation `TensorRT.X` or `TensorRT.X | None`."""
+    if annotation is None:
+        return None
+    found = ANNOTATION.fullmatch(ast.unparse(annotation).strip("'\""))
+    return found.group(1) if found else None
 
 
 def any_names(source: str) -> Iterator[str]:
@@ -78,19 +84,18 @@ def is_any(annotation: ast.expr | None) -> bool:
 class Reader:
     """Walks one module, function by function, and notes what each expression is."""
 
-    def __init__(self, known: Surface) -> None:
+    def __init__(self, known: Surface, functions: Mapping[str, str] | None = None) -> None:
         self.known = known
+        self.functions = dict(functions or {})
         self.uses: list[Use] = []
         self.guards: set[str] = set()
         self.attributes: dict[str, str] = {}
-        self.returned: dict[str, str] = {}
 
     def module(self, tree: ast.Module) -> None:
         for node in ast.walk(tree):
-            if isinstance(node, ast.AnnAssign) and is_any(node.annotation):
-                name = ast.unparse(node.target).rpartition(".")[2]
-                if name.lstrip("_") in KINDS:
-                    self.attributes[name] = KINDS[name.lstrip("_")]
+            if isinstance(node, ast.AnnAssign) and (kind := annotated(node.annotation)):
+                self.attributes[ast.unparse(node.target).rpartition(".")[2]] = kind
+        self.functions |= functions_of(ast.unparse(tree))
         self.block(tree.body, {})
 
     def guarded_uses(self) -> set[Use]:
@@ -107,8 +112,8 @@ class Reader:
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             for argument in arguments:
                 inner.pop(argument.arg, None)
-                if is_any(argument.annotation) and argument.arg in KINDS:
-                    inner[argument.arg] = KINDS[argument.arg]
+                if kind := annotated(argument.annotation):
+                    inner[argument.arg] = kind
             self.block(node.body, inner)
         elif isinstance(node, ast.ClassDef):
             for base in node.bases:
@@ -134,8 +139,8 @@ class Reader:
         for part in target.elts if isinstance(target, ast.Tuple) else [target]:
             if isinstance(part, ast.Name):
                 names.pop(part.id, None)
-                if part.id in KINDS:
-                    names[part.id] = KINDS[part.id]
+                if part.id in LOOPS:
+                    names[part.id] = LOOPS[part.id]
 
     def overrides(self, node: ast.ClassDef, base: str) -> None:
         for function in node.body:
@@ -143,10 +148,7 @@ class Reader:
                 self.uses.append(Use(base, function.name, function.lineno, "define"))
 
     def assign(self, target: ast.expr, kind: str | None, names: dict[str, str]) -> None:
-        if isinstance(target, ast.Attribute) and target.attr == "__class__":
-            if kind is not None:  # TensorRT's way to see a layer as what it is
-                names[ast.unparse(target.value)] = kind.removeprefix("type:")
-        elif isinstance(target, ast.Attribute):
+        if isinstance(target, ast.Attribute) and target.attr != "__class__":
             owner = self.kind(target.value, names)
             if owner is not None and ":" not in owner and owner != MODULE:
                 self.uses.append(Use(owner, target.attr, target.lineno, "set"))
@@ -183,7 +185,8 @@ class Reader:
     def attribute(self, node: ast.Attribute, names: dict[str, str]) -> str | None:
         owner = self.kind(node.value, names)
         if owner is None:
-            return MODULE if node.attr in HOLDERS else self.attributes.get(node.attr)
+            property_ = self.functions.get(f".{node.attr}")
+            return MODULE if node.attr in HOLDERS else self.attributes.get(node.attr, property_)
         if owner == MODULE:
             self.uses.append(Use("", node.attr, node.lineno))
             return f"type:{node.attr}"
@@ -211,7 +214,7 @@ class Reader:
             if isinstance(name, ast.Constant) and isinstance(name.value, str):
                 self.guards.add(name.value)
         if function is None:
-            return None
+            return self.ours(node, names)
         if function.startswith("type:"):
             owner, name, result = function.removeprefix("type:"), "__init__", None
             if owner not in self.known.classes:
@@ -227,6 +230,14 @@ class Reader:
         count = len(node.args) - explicit_self
         self.uses.append(Use(owner, name, node.lineno, "call", count, keywords))
         return result
+
+    def ours(self, node: ast.Call, names: dict[str, str]) -> str | None:
+        """What one of our functions returns; `seen_as(X, layer)` is an X."""
+        name = ast.unparse(node.func).rpartition(".")[2]
+        if name == "seen_as":
+            seen = self.kind(node.args[0], names)
+            return seen.removeprefix("type:") if seen else None
+        return self.functions.get(name)
 
 
 def problem(use: Use, release: Surface) -> str | None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_without_a_stream_the_plan_is_as_large(rtx, graph_from, tmp_path: Path):
     network = builder.create_network(0)
     parser = rtx.trt.OnnxParser(network, logger)
     assert parser.parse(graph_from("g (float[4] x) => (float[4] y) { y = Exp (x) }"))
-    old = SimpleNamespace(build_serialized_network=builder.build_serialized_network)
+    old: Any = SimpleNamespace(build_serialized_network=builder.build_serialized_network)
     sinks = [PlanSink(io.BytesIO()), PlanSink(io.BytesIO())]
     assert serialize(rtx, builder, network, config, sinks[0])
     assert serialize(rtx, old, network, config, sinks[1])
@@ -174,7 +175,8 @@ def test_the_memory_estimate_is_three_times_the_weights():
 def test_the_builders_messages_become_errors(rtx, message, error, words):
     log = MessageLog()
     log.add("ERROR", message)
-    found = compiling.build_error(rtx, TrtOptions(), log, None, Path("dit.onnx"))
+    no_network: Any = None
+    found = compiling.build_error(rtx, TrtOptions(), log, no_network, Path("dit.onnx"))
     assert type(found) is error
     assert words in str(found)
 

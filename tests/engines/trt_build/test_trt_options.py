@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -139,7 +140,7 @@ def test_enterprise_options_reach_the_builder(enterprise: Product):
     flags: list[object] = []
     config = Config()
     config.__dict__ |= {"set_flag": flags.append, "clear_flag": lambda flag: None}
-    builder = SimpleNamespace(logger=logger, create_builder_config=lambda: config)
+    builder: Any = SimpleNamespace(logger=logger, create_builder_config=lambda: config)
     configure(enterprise, builder, options)
     level = trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY
     assert sets["hardware_compatibility_level"] == level

@@ -50,25 +50,30 @@ class FakeConfig:
         return self.cache
 
 
+def config_on(gpu: str, *kernels: str) -> Any:
+    """A `FakeConfig` in place of the real one."""
+    return FakeConfig(gpu, *kernels)
+
+
 def kernels_in(path: Path) -> list[str]:
     return json.loads(path.read_bytes())[1]
 
 
-def build(path: Path, config: FakeConfig) -> None:
+def build(path: Path, config: Any) -> None:
     load_timing_cache(config, path)
     merge_timing_cache(config, path)
 
 
 def test_a_first_build_makes_the_file_and_a_second_adds_to_it(tmp_path: Path):
     path = tmp_path / "cache"
-    build(path, FakeConfig("H200", "a"))
-    build(path, FakeConfig("H200", "b"))
+    build(path, config_on("H200", "a"))
+    build(path, config_on("H200", "b"))
     assert kernels_in(path) == ["a", "b"]
 
 
 def test_builds_at_the_same_time_lose_nothing(tmp_path: Path):
     path = tmp_path / "cache"
-    configs = [FakeConfig("H200", f"kernel {i:02}") for i in range(12)]
+    configs = [config_on("H200", f"kernel {i:02}") for i in range(12)]
     for config in configs:
         load_timing_cache(config, path)
     threads = [threading.Thread(target=merge_timing_cache, args=(c, path)) for c in configs]
@@ -81,17 +86,17 @@ def test_builds_at_the_same_time_lose_nothing(tmp_path: Path):
 
 def test_a_cache_of_another_gpu_is_refused_and_kept(tmp_path: Path):
     path = tmp_path / "cache"
-    build(path, FakeConfig("H200", "a"))
+    build(path, config_on("H200", "a"))
     with pytest.raises(IncompatibleError, match="another GPU"):
-        build(path, FakeConfig("RTX 4090", "b"))
+        build(path, config_on("RTX 4090", "b"))
     assert kernels_in(path) == ["a"]
 
 
 def test_a_file_that_became_another_gpus_meanwhile_is_kept(tmp_path: Path):
     path = tmp_path / "cache"
-    ours = FakeConfig("H200", "a")
+    ours = config_on("H200", "a")
     load_timing_cache(ours, path)
-    build(path, FakeConfig("RTX 4090", "b"))
+    build(path, config_on("RTX 4090", "b"))
     with pytest.raises(IncompatibleError, match="another GPU"):
         merge_timing_cache(ours, path)
     assert kernels_in(path) == ["b"]
@@ -101,9 +106,9 @@ def test_a_damaged_cache_is_refused(tmp_path: Path):
     path = tmp_path / "cache"
     path.write_bytes(b"\0damaged")
     with pytest.raises(IncompatibleError, match="damaged"):
-        build(path, FakeConfig("H200"))
+        build(path, config_on("H200"))
 
 
 def test_a_folder_that_is_not_there_is_said_before_building(tmp_path: Path):
     with pytest.raises(ResourceError, match="no such folder"):
-        load_timing_cache(FakeConfig("H200"), tmp_path / "none" / "cache")
+        load_timing_cache(config_on("H200"), tmp_path / "none" / "cache")

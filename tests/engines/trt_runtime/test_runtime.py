@@ -357,6 +357,7 @@ def test_a_version_without_stream_readers(product, workspace, make_plans, veloci
 def test_host_code_is_allowed_only_where_asked(product, workspace, make_plans):
     for allowed in (False, True):
         with TrtEngine(product, make_plans(1), workspace, host_code=allowed) as engine:
+            assert engine._runtime is not None
             assert engine._runtime.engine_host_code_allowed is allowed
 
 
