@@ -1,10 +1,14 @@
 """Memory of this process and of this machine, read from the kernel (Linux)."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 RESET_PEAK = "5"  # Documentation/filesystems/proc.rst: resets VmHWM
 
 
@@ -22,8 +26,51 @@ def peak_rss_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory a new allocation can have without swapping."""
-    return kibibytes(MEMINFO, "MemAvailable") * 1024
+    """Memory a new allocation can have without swapping, here and in this process's container."""
+    free = kibibytes(MEMINFO, "MemAvailable") * 1024
+    return max(0, min([free, *(group.limit - group.used for group in limited_groups())]))
+
+
+def total_memory_bytes() -> int:
+    """The machine's memory, or what of it this process's container may use."""
+    total = kibibytes(MEMINFO, "MemTotal") * 1024
+    return min([total, *(group.limit for group in limited_groups())])
+
+
+@dataclass(frozen=True)
+class MemoryGroup:
+    """A control group's limit, and what it uses without the files that the kernel can drop."""
+
+    limit: int
+    used: int
+
+
+def limited_groups() -> Iterator[MemoryGroup]:
+    """The control groups that this process is in and that have a limit, from the inside out."""
+    for line in CGROUP.read_text().splitlines() if CGROUP.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            root, files, prefix = CGROUPS, ("memory.max", "memory.current"), ""
+        elif "memory" in controllers.split(","):
+            root, prefix = CGROUPS / "memory", "total_"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        # In a container the path may be the host's, of which only the top is to be seen.
+        leaf = root / path.lstrip("/")
+        for folder in (leaf, *leaf.parents):
+            if folder.is_relative_to(root) and (folder / files[0]).exists():
+                yield from memory_group(folder, files, prefix)
+
+
+def memory_group(folder: Path, files: tuple[str, str], prefix: str) -> Iterator[MemoryGroup]:
+    """The group in `folder`, unless its limit is `max`."""
+    limit, used = ((folder / name).read_text().strip() for name in files)
+    if limit.isdecimal():
+        lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        stat = {name: int(value) for name, value in lines}
+        cached = sum(stat.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+        yield MemoryGroup(int(limit), int(used) - cached)
 
 
 def kibibytes(path: Path, key: str) -> int:
