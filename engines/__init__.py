@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, Self, get_args
 
 import torch
 
-from lcexport.configs.errors import UsageError
+from lcexport.configs.errors import IncompatibleError, UsageError
 
 if TYPE_CHECKING:
     from lcexport.engines.bundle import Bundle
@@ -121,7 +121,16 @@ def require_backend(backend: str, precision: str, device: str) -> None:
         raise UsageError(
             "unknown device", got=repr(device), wanted="cpu, cuda or cuda:N"
         ) from error
-    import_module(backend_module(backend)).require(backend, precision, kind)
+    name = backend_module(backend)
+    try:
+        module = import_module(name)
+    except (ImportError, AttributeError) as error:  # half a library is a module without names
+        raise IncompatibleError(
+            f"the library of {backend} does not load",
+            got=error,
+            do="Install it again: pip install --force-reinstall lcexport",
+        ) from error
+    module.require(backend, precision, kind)
 
 
 def backend_module(backend: str) -> str:

@@ -4,6 +4,7 @@ product    the module, its version, its log; what is missing and how to get it
 options    what a build may be asked for
 network    the parsed network, walked: attention fused, islands in float32
 compile    a network into a plan, streamed and hashed
+probe      what a product can do here, asked in a process of its own
 worker     the same in a process of its own, which may crash
 timing     the timing cache, merged back whole
 reader     a plan file, checked before it is deserialised

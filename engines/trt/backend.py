@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.engines import Engine
 from lcexport.engines.bundle import WEIGHTS, Bundle, CallRecord, EngineRecord
-from lcexport.engines.trt.memory import CudaOps, Workspace
+from lcexport.engines.trt.memory import CudaOps, Workspace, missing_gpu
 from lcexport.engines.trt.product import Product, open_product
 from lcexport.engines.trt.reader import BuiltFor, Here, PlanFile, read_here
 from lcexport.engines.trt.runtime import RunOptions, SharedWeights, TrtEngine, open_plans
@@ -16,7 +16,7 @@ from lcexport.engines.trt.steps import Call
 def require(backend: str, precision: str, device: torch.device) -> None:
     """See `lcexport.engines.require_backend`.
 
-    Compiling for RTX needs no GPU, so `cpu` is allowed here; running an engine asks for one.
+    Compiling for RTX needs no GPU, so `cpu` is allowed there; running an engine asks for one.
     """
     if precision != "bf16":
         raise IncompatibleError(
@@ -26,7 +26,17 @@ def require(backend: str, precision: str, device: torch.device) -> None:
         )
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"unknown device for {backend}", got=repr(str(device)), wanted="cpu, cuda")
-    open_product(backend)
+    product = open_product(backend)
+    if device.type == "cuda":
+        read_here(product, device)
+    elif not product.is_rtx:
+        missing = missing_gpu()
+        raise IncompatibleError(
+            f"{product} builds on the GPU it builds for, and runs there",
+            got=f"device {device}" + (f" on a machine with {missing}" if missing else ""),
+            wanted="--device cuda on a machine with that GPU and NVIDIA's driver",
+            do="`--backend tensorrt-rtx` compiles without a GPU.",
+        )
 
 
 def open_engine(

@@ -94,7 +94,7 @@ def compile_plan(
     require_supported(product, options)
     log = log or MessageLog()
     logger = logger_for(product, log)
-    builder = builder_for(product, logger)
+    builder = builder_for(product, logger, log)
     config = configure(product, builder, options)
     path = options.timing_cache
     cache = None if path is None else load_timing_cache(config, path)

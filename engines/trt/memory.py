@@ -188,6 +188,18 @@ def driver_version() -> str | None:
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
+def missing_gpu() -> str | None:
+    """What this machine lacks for torch to use an NVIDIA GPU; None where it has one."""
+    if torch.cuda.is_available():
+        return None
+    driver = driver_version()
+    lacks = [] if driver else ["no NVIDIA driver (libcuda.so.1)"]
+    if torch.version.cuda is None:
+        lacks.append(f"a torch without CUDA ({torch.__version__})")
+    usable = f"no GPU that torch's CUDA {torch.version.cuda} can use with the driver's {driver}"
+    return " and ".join(lacks) or usable
+
+
 def aligned(nbytes: int) -> int:
     """`nbytes` rounded up to the alignment."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -155,22 +155,30 @@ def target_from(product: Product, name: str) -> TensorRT.ComputeCapability:
         UsageError: the product does not target it.
         IncompatibleError: the product compiles for the GPU at hand only.
     """
-    trt = product.trt
     if not product.is_rtx:
         raise IncompatibleError(
             f"{product} compiles for the GPU at hand, not for compute capabilities",
             got=repr(name),
             do="Leave compute_capabilities out, or use --backend tensorrt-rtx.",
         )
+    known = targets(product)
+    if name not in known:
+        raise UsageError(
+            f"{product} does not compile for this compute capability",
+            got=repr(name),
+            wanted=f"some of {', '.join(known)}",
+        )
+    return known[name]
+
+
+def targets(product: Product) -> dict[str, Any]:
+    """The GPUs that a product compiles for whatever GPU is here, oldest first; none if that one."""
+    if not product.is_rtx:
+        return {}
+    trt = product.trt
     known = {
         member.lower(): value
         for member, value in trt.ComputeCapability.__members__.items()
         if member not in NOT_TARGETS
     }
-    if name not in known:
-        raise UsageError(
-            f"{product} does not compile for this compute capability",
-            got=repr(name),
-            wanted=f"some of {', '.join(sorted(known, key=lambda sm: int(sm[2:])))}",
-        )
-    return known[name]
+    return dict(sorted(known.items(), key=lambda pair: int(pair[0][2:])))

@@ -6,6 +6,7 @@ itself where it can be. Everything in this package is handed a product and impor
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import re
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lcexport.configs.errors import IncompatibleError, UsageError
+from lcexport.engines.trt.memory import missing_gpu
 
 if TYPE_CHECKING:
     # Made by tools/make_trt_stubs.py; there is no such module at run time.
@@ -28,16 +30,33 @@ REPEATED_NODE = re.compile(r"A node named .* already exists")
 
 @dataclass(frozen=True)
 class Offer:
-    """What we know of a product before it is imported."""
+    """What we know of a product before it is imported.
 
-    module: str
+    Attributes:
+        modules: the product's own, and that of its bindings, which do for themselves.
+        libraries: the native ones that the bindings are linked to, without `.so.<major>`.
+        install: the command that gets the whole product.
+    """
+
+    modules: tuple[str, ...]
+    libraries: tuple[str, ...]
     oldest: tuple[int, ...]
-    extra: str
+    install: str
 
 
 OFFERS: dict[str, Offer] = {
-    "tensorrt": Offer("tensorrt", (10, 14), "lcexport[tensorrt]"),  # ONNX Attention since 10.14
-    "tensorrt-rtx": Offer("tensorrt_rtx", (1, 7), "lcexport[tensorrt-rtx]"),
+    "tensorrt": Offer(
+        ("tensorrt", "tensorrt_bindings"),
+        ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser"),
+        (10, 14),  # ONNX Attention since 10.14
+        "pip install 'lcexport[tensorrt]'",
+    ),
+    "tensorrt-rtx": Offer(
+        ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+        ("libtensorrt_rtx", "libtensorrt_onnxparser_rtx"),
+        (1, 7),
+        "pip install 'lcexport[tensorrt-rtx]'",
+    ),
 }
 
 
@@ -67,27 +86,81 @@ def open_product(name: str) -> Product:
     if name not in OFFERS:
         raise UsageError("unknown product", got=repr(name), wanted=f"one of {', '.join(OFFERS)}")
     offer = OFFERS[name]
-    install = f"pip install '{offer.extra}'"
-    if importlib.util.find_spec(offer.module) is None:
-        raise IncompatibleError(f"{name} is not installed", do=install)
+    found = installed_module(offer)
+    if found is None:
+        raise IncompatibleError(f"{name} is not installed", do=cure(name, offer.install))
     try:
-        module = importlib.import_module(offer.module)
+        module = importlib.import_module(found)
     except (ImportError, OSError, RuntimeError) as error:
-        raise IncompatibleError(
-            f"{name} is installed but does not load",
-            got=str(error).strip() or type(error).__name__,
-            wanted="its native libraries, and for libcuda NVIDIA's driver",
-            do=f"Install the whole product ({install}) on a machine with NVIDIA's driver.",
-        ) from error
+        raise loading_error(name, offer, str(error).strip() or type(error).__name__) from error
     version = version_from(str(module.__version__))
     if version < offer.oldest:
         raise IncompatibleError(
             f"{name} is too old",
             got=module.__version__,
             wanted=f"{'.'.join(map(str, offer.oldest))} or newer",
-            do=install.replace("install", "install --upgrade", 1),
+            do=offer.install.replace("install", "install --upgrade", 1),
         )
     return Product(name, module, version)  # pyright: ignore[reportArgumentType]
+
+
+def installed_module(offer: Offer) -> str | None:
+    """The first of the product's modules that Python finds; nothing is imported."""
+    return next((name for name in offer.modules if importlib.util.find_spec(name)), None)
+
+
+def loading_error(name: str, offer: Offer, said: str) -> IncompatibleError:
+    """Why bindings that are there do not load: the driver, native libraries, or what they say."""
+    what = f"{name} is installed but does not load"
+    if "libcuda." in said:
+        return IncompatibleError(
+            f"{what}: NVIDIA's driver is missing",
+            got=said,
+            do=cure(name, "Install NVIDIA's driver, which brings libcuda.so.1."),
+        )
+    if missing := missing_libraries(offer, said):
+        return IncompatibleError(
+            f"{what}: its Python bindings are here, its native libraries are not",
+            got=f"no {', no '.join(missing)}",
+            wanted="the libraries of the same version, installed by pip or on LD_LIBRARY_PATH",
+            do=cure(name, f"Install the whole product: {offer.install}"),
+        )
+    return IncompatibleError(
+        what,
+        got=said,
+        wanted="bindings, native libraries and NVIDIA's driver that fit each other",
+        do=cure(name, f"Install the whole product again: {offer.install}"),
+    )
+
+
+def missing_libraries(offer: Offer, said: str) -> list[str]:
+    """All that are missing, where the loader, which stops at the first, said that one is."""
+    first = re.search(r"(lib\w+)(\.so[.\d]*)", said)
+    if first is None or first.group(1) not in offer.libraries:
+        return []
+    names = [library + first.group(2) for library in offer.libraries]
+    return [name for name in names if not loads(name)]
+
+
+def loads(library: str) -> bool:
+    """Whether the system's loader finds a library, and all that it needs."""
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def cure(name: str, do: str) -> str:
+    """`do`, and what `tensorrt` needs besides, so that nobody installs it in vain."""
+    if name != "tensorrt":
+        return do
+    missing = missing_gpu()
+    here = f", and this machine has {missing}" if missing else ""
+    return (
+        f"{do.removesuffix('.')}. TensorRT builds on the GPU it builds for{here}; "
+        "`--backend tensorrt-rtx` needs none."
+    )
 
 
 def version_from(text: str) -> tuple[int, ...]:
@@ -133,8 +206,13 @@ def logger_for(product: Product, log: MessageLog) -> TensorRT.ILogger:
     return Logger()
 
 
-def builder_for(product: Product, logger: TensorRT.ILogger) -> TensorRT.Builder:
+def builder_for(
+    product: Product, logger: TensorRT.ILogger, log: MessageLog | None = None
+) -> TensorRT.Builder:
     """A TensorRT builder.
+
+    Args:
+        log: what `logger` fills, for the error to quote.
 
     Raises:
         IncompatibleError: the native library finds no GPU or driver it can use.
@@ -143,9 +221,15 @@ def builder_for(product: Product, logger: TensorRT.ILogger) -> TensorRT.Builder:
     try:
         return trt.Builder(logger)
     except (TypeError, RuntimeError) as error:  # "factory function returned nullptr"
+        said = log.errors[-1].strip() if log and log.errors else str(error)
+        what = f"{product} loads but cannot make a builder here"
+        if product.is_rtx:
+            do = f"Install it again: {OFFERS[product.name].install}"
+            raise IncompatibleError(what, got=said, do=do) from error
+        missing = missing_gpu()
         raise IncompatibleError(
-            f"{product} cannot make a builder here",
-            got=str(error),
-            wanted="its native library, NVIDIA's driver and a GPU",
+            what,
+            got=f"{said}, with {missing}" if missing else said,
+            wanted="NVIDIA's driver and a GPU that this version knows",
             do="TensorRT builds on the GPU it builds for; `--backend tensorrt-rtx` needs none.",
         ) from error

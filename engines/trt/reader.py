@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 import torch
 
 from lcexport.configs.errors import IncompatibleError, IntegrityError
-from lcexport.engines.trt.memory import driver_version
+from lcexport.engines.trt.memory import driver_version, missing_gpu
 from lcexport.engines.trt.options import HardwareCompatibility
 from lcexport.engines.trt.product import MessageLog, Product
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
 
 CHUNK_BYTES = 64 << 20  # of the file held in host memory while an engine is read
-AMPERE = 80  # as in sm80
+AMPERE = 80  # as in sm80, the first with bfloat16
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,17 @@ class Here:
 
 
 def read_here(product: Product, device: torch.device) -> Here:
-    """Ask torch and the driver. IncompatibleError: torch sees no GPU."""
-    if not torch.cuda.is_available():
+    """Ask torch and the driver. IncompatibleError: torch sees no such GPU."""
+    if missing := missing_gpu():
         raise IncompatibleError(
             f"{product.name} engines run on NVIDIA GPUs, and torch sees none",
+            got=missing,
             do="Install an NVIDIA driver and a CUDA build of torch, or use another backend.",
+        )
+    count = torch.cuda.device_count()
+    if (device.index or 0) >= count:
+        raise IncompatibleError(
+            "no such GPU", got=device, wanted=f"cuda:0 to cuda:{count - 1}, of {count}"
         )
     major, minor = torch.cuda.get_device_capability(device)
     return Here(

@@ -92,14 +92,12 @@ def child(stderr: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
 
     A session of its own keeps a terminal's Ctrl-C from it: the parent ends it in order.
     """
-    package = str(Path(lcexport.__file__).parents[1])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         COMMAND,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env=child_environment(),
         start_new_session=True,
     )
     try:
@@ -113,6 +111,13 @@ def child(stderr: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
                 except OSError:  # a request it never read
                     continue
         process.wait()
+
+
+def child_environment() -> dict[str, str]:
+    """This process's own, with this lcexport first among what Python finds."""
+    package = str(Path(lcexport.__file__).parents[1])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def converse(
@@ -196,6 +201,13 @@ def crash_error(status: int, log: MessageLog, stderr: IO[bytes]) -> LcexportErro
     return BuildError(f"the compiler ended with status {status}", got=got)
 
 
+def value_from(error: LcexportError) -> dict[str, str | None]:
+    """An error's class and its four answers, as they go through a pipe."""
+    fields = {name: getattr(error, name, None) for name in FIELDS}
+    said = {name: None if field is None else str(field) for name, field in fields.items()}
+    return {"type": type(error).__name__, **said}
+
+
 def error_from(value: dict[str, Any]) -> LcexportError:
     """The child's error as it was raised there."""
     kind = getattr(errors, value["type"])
@@ -230,9 +242,7 @@ def main() -> None:
             check_memory=request["check_memory"],
         )
     except LcexportError as error:
-        fields = {name: getattr(error, name, None) for name in FIELDS}
-        said = {name: None if field is None else str(field) for name, field in fields.items()}
-        answer("error", {"type": type(error).__name__, **said})
+        answer("error", value_from(error))
     else:
         answer("report", report.model_dump(mode="json"))
     os._exit(0)  # all is said: a fault of a library's own clean-up would only confuse

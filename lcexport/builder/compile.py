@@ -30,7 +30,8 @@ from lcexport.engines.bundle import (
 )
 from lcexport.engines.files import resource_errors
 from lcexport.engines.trt.network import Expectations
-from lcexport.engines.trt.options import TrtOptions
+from lcexport.engines.trt.options import TrtOptions, require_supported
+from lcexport.engines.trt.probe import require_builder
 from lcexport.engines.trt.product import ProductName, open_product
 from lcexport.engines.trt.reader import read_here, this_platform
 from lcexport.engines.trt.worker import compile_graph
@@ -112,6 +113,17 @@ def part_units(place: str, parts: list[Part], calls: list[PartCall]) -> Iterator
         )
         islands = [spec.name for spec in part.weights if is_island(prefix + spec.name)]
         yield Unit(part.model, record, tuple(islands))
+
+
+def require_compiler(backend: ProductName, options: BuildOptions) -> None:
+    """Refuse now what the compiler would refuse after the weights: its targets, or all work here.
+
+    Raises:
+        UsageError: a compute capability that the product does not compile for.
+        IncompatibleError: the product cannot make a builder on this machine.
+    """
+    require_supported(open_product(backend), trt_options(options))
+    require_builder(backend)
 
 
 def refuse_violations(model: ir.Model, backend: ProductName) -> None:

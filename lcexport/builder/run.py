@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from lcexport.builder.compile import compile_engine, plans_folder
+from lcexport.builder.compile import compile_engine, plans_folder, require_compiler
 from lcexport.builder.options import BuildOptions
 from lcexport.builder.plan import make_plan, refuse_shortage
 from lcexport.builder.stages import (
@@ -195,6 +195,8 @@ def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:
         require_components(checkpoint)
     for backend in options.compiled + options.engines:
         require_backend(backend, options.precision, options.device)
+    for backend in options.compiled:
+        require_compiler(backend, options)
 
 
 def addable_bundle(checkpoint: Checkpoint, options: BuildOptions) -> Manifest:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from lcexport.builder.staging import JOURNAL
 from lcexport.configs.errors import BuildError, IncompatibleError, UsageError
 from lcexport.engines import open_engine
 from lcexport.engines.bundle import open_bundle
+from lcexport.engines.trt import probe
 from lcexport.engines.trt.options import TrtOptions
 from lcexport.verify import verify
 
@@ -165,7 +167,16 @@ def test_an_rtx_target_that_does_not_exist_is_refused(compiled_options, tmp_path
     )
     with pytest.raises(UsageError, match="sm12"):
         build(options)
-    assert not (tmp_path / "b").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiler_that_crashes_here_is_refused_before_anything_is_built(
+    compiled_options, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(probe, "COMMAND", (sys.executable, "-c", "import os; os.abort()"))
+    with pytest.raises(IncompatibleError, match=r"tensorrt-rtx crashed .*got SIGABRT"):
+        build(compiled_options.model_copy(update={"output": tmp_path / "b"}))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 from lcexport.configs.errors import IncompatibleError, UsageError
-from lcexport.engines import BACKENDS, COMPILED, backend_module, open_engine
+from lcexport.engines import BACKENDS, COMPILED, backend_module, open_engine, require_backend
 from lcexport.engines.bundle import open_bundle
 
 
@@ -35,6 +35,15 @@ def test_an_unknown_resolution_is_told_the_known_ones(demo_bundle, backend):
 def test_a_compiled_backend_refuses_a_float32_bundle(demo_bundle, backend):
     with pytest.raises(IncompatibleError, match="--precision bf16"):
         open_engine(backend, open_bundle(demo_bundle), "64x96x9")
+
+
+def test_a_library_that_does_not_load_is_said_to_be_missing(monkeypatch, tmp_path):
+    (tmp_path / "half.py").write_text("import math; math.NodeArg")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module, got in (("half", "no attribute 'NodeArg'"), ("none_such", "No module named")):
+        monkeypatch.setitem(BACKENDS, "onnxruntime", module)
+        with pytest.raises(IncompatibleError, match=f"library of onnxruntime .*{got}"):
+            require_backend("onnxruntime", "fp32", "cpu")
 
 
 def test_the_contract_imports_no_backend():

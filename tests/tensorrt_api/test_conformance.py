@@ -5,11 +5,10 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
-from bindings_shim import make_shim
+from bindings_shim import make_shim, unpack_bindings
 from surface import RELEASES, surface
 from uses import Use, any_names, functions_of, guards_of, problem, uses_of
 
@@ -26,7 +25,6 @@ RTX_ONLY = {
 FUNCTIONS = {k: v for path in SOURCES for k, v in functions_of(path.read_text()).items()}
 OTHER = {"digest", "request", "value"}  # what is `Any` and not TensorRT's
 BINDINGS = ("11.4.0.106", "10.16.1.11")
-PIP_SECONDS = 60
 
 # Run where the real module is: reads [module, [[owner, name], ...]], prints what is missing.
 PROBE = """
@@ -210,20 +208,8 @@ def test_the_real_rtx_module():
 @pytest.mark.parametrize("version", BINDINGS)
 def test_the_real_bindings(version, tmp_path):
     """The real extension, imported over stand-ins for its native libraries."""
-    package = f"tensorrt-cu13-bindings=={version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(tmp_path)]
-    try:
-        done = subprocess.run(
-            [*command, package], capture_output=True, text=True, timeout=PIP_SECONDS, check=False
-        )
-        make_shim(tmp_path, version.partition(".")[0])
-    except (OSError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"{package} or a compiler cannot be had: {error}")
-    wheels = list(tmp_path.glob("*.whl"))
-    if not wheels:
-        pytest.skip(f"{package} cannot be had: {done.stderr.strip()[-200:]}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        wheel.extractall(tmp_path)
+    unpack_bindings(tmp_path, version)
+    make_shim(tmp_path, version.partition(".")[0])
     folder = str(tmp_path)
     found, missing = probe(
         "tensorrt_bindings", rtx=False, LD_LIBRARY_PATH=folder, PYTHONPATH=folder

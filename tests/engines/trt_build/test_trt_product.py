@@ -1,5 +1,6 @@
 """A product that is missing, broken or too old is said to be just that."""
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,7 +56,24 @@ def test_a_missing_product_says_what_to_install(name, extra, monkeypatch: pytest
 
 def test_bindings_without_their_library_name_the_library(install):
     install("raise ImportError('libnvinfer.so.11: cannot open shared object file')")
-    with pytest.raises(IncompatibleError, match=r"does not load; got libnvinfer\.so\.11"):
+    with pytest.raises(
+        IncompatibleError, match=r"libraries are not; got .*libnvinfer_plugin\.so\.11"
+    ):
+        open_product("tensorrt")
+
+
+def test_bindings_without_the_package_around_them_will_do(tmp_path, monkeypatch):
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("the whole product is installed")
+    (tmp_path / "tensorrt_bindings.py").write_text("__version__ = '11.4.0.106'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert str(open_product("tensorrt")) == "tensorrt 11.4.0.106"
+    del sys.modules["tensorrt_bindings"]
+
+
+def test_a_library_of_somebody_elses_is_not_taken_for_tensorrts(install):
+    install("raise ImportError('libcudart.so.13: cannot open shared object file')")
+    with pytest.raises(IncompatibleError, match=r"does not load; got libcudart\.so\.13"):
         open_product("tensorrt")
 
 
@@ -80,7 +98,7 @@ def test_a_machine_without_gpu_is_told_so_when_the_builder_is_made(install):
     )
     product = open_product("tensorrt")
     logger: Any = None  # it fails before it looks
-    with pytest.raises(IncompatibleError, match=r"a GPU\. .*tensorrt-rtx` needs none"):
+    with pytest.raises(IncompatibleError, match=r"nullptr.* a GPU .*tensorrt-rtx` needs none"):
         builder_for(product, logger)
 
 

@@ -1,10 +1,12 @@
 """Where tensors lie in the shared block."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lcexport.engines.trt.memory import ALIGNMENT, Lifetime, place, torch_dtype
+from lcexport.engines.trt import memory
+from lcexport.engines.trt.memory import ALIGNMENT, Lifetime, missing_gpu, place, torch_dtype
 
 LIFETIMES = st.builds(
     lambda nbytes, first, length: Lifetime(nbytes, first, first + length),
@@ -40,3 +42,19 @@ def test_a_chain_needs_two_places():
 def test_types(double):
     for name, wanted in (("FLOAT", torch.float32), ("BF16", torch.bfloat16), ("BOOL", torch.bool)):
         assert torch_dtype(double, getattr(double.DataType, name)) is wanted
+
+
+@pytest.mark.parametrize(
+    ("sees", "built_for", "driver", "missing"),
+    [
+        (True, "13.0", "13.0", None),
+        (False, "13.0", None, "no NVIDIA driver (libcuda.so.1)"),
+        (False, None, "13.0", f"a torch without CUDA ({torch.__version__})"),
+        (False, "13.0", "12.4", "no GPU that torch's CUDA 13.0 can use with the driver's 12.4"),
+    ],
+)
+def test_what_stands_between_torch_and_a_gpu(monkeypatch, sees, built_for, driver, missing):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(memory, "driver_version", lambda: driver)
+    assert missing_gpu() == missing

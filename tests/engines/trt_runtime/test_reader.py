@@ -126,6 +126,12 @@ class TestTarget:
         with pytest.raises(IncompatibleError, match="torch sees none"):
             read_here(product, torch.device("cuda"))
 
+    def test_a_gpu_beyond_the_last(self, product, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        with pytest.raises(IncompatibleError, match="got cuda:2; wanted cuda:0 to cuda:1"):
+            read_here(product, torch.device("cuda:2"))
+
 
 class TestVerifiedPlan:
     def test_reads_are_short_at_a_chunks_end(self, plan):
