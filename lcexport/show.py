@@ -11,12 +11,14 @@ from rich.table import Table
 
 from lcexport.builder import Plan
 from lcexport.checkpoint import ConvertReport, ValidationReport
-from lcexport.engines.bundle import Bundle
+from lcexport.doctor import Diagnosis, Gpu, Product, Verdict
+from lcexport.engines.bundle import Bundle, EngineRecord
 from lcexport.graph.check import Violation
 from lcexport.runtime import Video
 from lcexport.verify import Check, Report
 
 PLAIN_WIDTH = 140  # where the output is no terminal
+NEXT_LINE = "\n" + 14 * " "
 SHORT = {"max_abs": "max", "mean_abs": "mean", "relative_l2": "l2", "cosine": "cos"}
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
@@ -104,7 +106,27 @@ def show_bundle(bundle: Bundle) -> None:
         for fact, count in graph.precision_proof.items():
             proofs.add_row(name, fact.replace("_", " "), f"{count:,}")
     out.print(graphs, proofs, files)
+    if manifest.engines:
+        out.print(engines_table(manifest.engines))
     show_stages(bundle)
+
+
+def engines_table(engines: Mapping[str, Mapping[str, EngineRecord]]) -> Table:
+    """What was compiled, by what, for which GPUs, and whether it ever ran."""
+    names = ("backend", "resolution", "compiled by", "for", "plans", "attentions", "against eager")
+    rows = table("Engines", *names)
+    for backend, compiled in engines.items():
+        for resolution, engine in compiled.items():
+            rows.add_row(
+                backend,
+                resolution,
+                f"{engine.product} {engine.version}",
+                engine.gpu or ", ".join(engine.compute_capabilities) or "all its targets",
+                str(len(engine.plans)),
+                str(sum(plan.attentions for plan in engine.plans)),
+                "[green]verified[/]" if engine.verified else "[yellow]not run[/]",
+            )
+    return rows
 
 
 def show_stages(bundle: Bundle) -> None:
@@ -181,6 +203,72 @@ def show_video(video: Video, path: Path, contact_sheet: Path | None) -> None:
         out.print(str(contact_sheet), highlight=False)
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in video.timings.items())
     out.print(spent, highlight=False)
+
+
+def show_diagnosis(diagnosis: Diagnosis) -> None:
+    """A machine, what each backend can do on it, and what stands in the way of the rest."""
+    facts = diagnosis.facts
+    cuda = f"built for CUDA {facts.torch_cuda}" if facts.torch_cuda else "built without CUDA"
+    driver = f"up to CUDA {facts.driver_cuda}" if facts.driver_cuda else "none"
+    available, total = amount(facts.memory_available_bytes), amount(facts.memory_total_bytes)
+    providers = ", ".join(facts.onnxruntime_providers)
+    out.print(
+        f"lcexport      {facts.lcexport}, Python {facts.python}, {facts.platform}\n"
+        f"torch         {facts.torch}, {cuda}\n"
+        f"driver        {driver}\n"
+        f"GPU           {NEXT_LINE.join(map(gpu_words, facts.gpus)) or 'none that torch sees'}\n"
+        f"memory        {available} available of {total}\n"
+        f"disk          {amount(facts.disk_free_bytes)} free in {facts.disk_folder}\n"
+        f"onnxruntime   {facts.onnxruntime or 'does not load'}  {providers}",
+        highlight=False,
+    )
+    for product in diagnosis.products:
+        out.print(f"{product.name:13} {product_words(product)}", highlight=False)
+    out.print(verdict_table(diagnosis.verdicts))
+    show_refusals(diagnosis.verdicts)
+
+
+def gpu_words(gpu: Gpu) -> str:
+    """A GPU's name, kind and memory."""
+    free = "unknown" if gpu.free_bytes is None else amount(gpu.free_bytes)
+    return f"{gpu.name}, {gpu.compute_capability}, {free} free of {amount(gpu.total_bytes)}"
+
+
+def product_words(product: Product) -> str:
+    """How far one of the TensorRT products gets here."""
+    state = product.state
+    if not product.installed:
+        return "not installed"
+    if not product.loads:
+        return "crashes" if state.crashed else "installed, does not load"
+    if not state.builder:
+        return f"{state.version}, loads, cannot make a builder"
+    return f"{state.version}, compiles for {', '.join(state.targets) or 'the GPU that is here'}"
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    """Where each backend builds and runs: the devices, or no."""
+    rows = table("Backends", "backend", "precision", "build", "run")
+    for backend, precision in dict.fromkeys((v.backend, v.precision) for v in verdicts):
+        found: dict[str, list[str]] = {"build": [], "run": []}
+        for verdict in verdicts:
+            if (verdict.backend, verdict.precision) == (backend, precision) and not verdict.error:
+                found[verdict.action].append(verdict.device)
+        cells = (", ".join(found[action]) or "[yellow]no[/]" for action in ("build", "run"))
+        rows.add_row(backend, precision, *cells)
+    return rows
+
+
+def show_refusals(verdicts: Sequence[Verdict]) -> None:
+    """Each reason once, after all that it stands in the way of."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for verdict in verdicts:
+        if verdict.error is not None:
+            key = (f"{verdict.backend} {verdict.precision}", str(verdict.error))
+            reasons.setdefault(key, []).append(f"{verdict.action} on {verdict.device}")
+    for (engine, reason), barred in reasons.items():
+        out.print(f"no {engine} ({', '.join(barred)}):", highlight=False)
+        out.print(f"    {reason}", markup=False, highlight=False)
 
 
 def check_cells(check: Check) -> tuple[str, ...]:

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lcexport import cli
+from lcexport.engines import BACKENDS, COMPILED
+from lcexport.engines.trt.probe import ProductState
 
 
 @pytest.fixture
@@ -54,6 +57,75 @@ def test_inspect_shows_graphs_files_and_proof(run, demo_bundle):
         assert word in out
     code, out, _ = run("inspect", demo_bundle, "--json")
     assert json.loads(out)["schema_version"] == 1
+
+
+def test_inspect_shows_what_was_compiled_for_what(run, demo_bundle, tmp_path):
+    """The manifest alone is read, so an engine's record will do."""
+    manifest = json.loads((demo_bundle / "manifest.json").read_text("utf-8"))
+    graph = manifest["graphs"]["64x96x9"]
+    plan = {name: graph[name] for name in ("inputs", "outputs")}
+    plan |= {"file": "engines/0.plan", "first_block": 0, "last_block": 1, "attentions": 4}
+    record = {
+        "plans": [plan, plan], "product": "tensorrt-rtx", "version": "1.7.1.116",
+        "platform": "linux-x86_64", "compute_capabilities": ["sm89", "sm120"],
+        "gpu": None, "driver": None, "options": {}, "verified": False,
+    }  # fmt: skip
+    manifest["engines"] = {"tensorrt-rtx": {"64x96x9": record}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    code, out, _ = run("inspect", tmp_path)
+    assert code == 0
+    (row,) = (line for line in out.splitlines() if "tensorrt-rtx 1.7.1.116" in line)
+    assert row.split()[-6:] == ["sm89,", "sm120", "2", "8", "not", "run"]
+    code, out, _ = run("inspect", demo_bundle)
+    assert "Engines" not in out
+
+
+def test_the_doctor_says_what_can_be_done_here_and_what_is_missing(run):
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    assert f"torch         {torch.__version__}" in out
+    for backend in BACKENDS:
+        assert backend in out
+    assert "Build with --precision bf16" in out
+
+
+def test_the_doctors_document(run):
+    code, out, _ = run("doctor", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["schema_version"] == 1
+    assert [product["name"] for product in document["products"]] == list(COMPILED)
+    (verdict,) = (
+        v for v in document["verdicts"]
+        if (v["backend"], v["precision"], v["action"]) == ("tensorrt", "fp32", "build")
+        and v["device"] == "cpu"
+    )  # fmt: skip
+    assert verdict["ok"] is False
+    assert verdict["error"]["exit_code"] == 5
+    assert verdict["error"]["do"].startswith("Build with --precision bf16")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--backend", "eager"], 0, ""),
+        (["--backend", "onnxruntime", "--precision", "fp32"], 0, ""),
+        (["--precision", "fp32"], 0, ""),
+        (
+            ["--backend", "tensorrt-rtx", "--precision", "fp32"],
+            5,
+            "error: tensorrt-rtx engines",
+        ),
+        (["--backend", "quantum"], 2, "error: unknown backend"),
+        (["--backend", "eager", "--precision", "fp8"], 2, "error: unknown precision"),
+    ],
+)
+def test_scripts_can_ask_the_doctor(run, monkeypatch, words, code, message):
+    monkeypatch.setattr("lcexport.doctor.probe", lambda name: ProductState())
+    found, _, err = run("doctor", *words)
+    assert found == code
+    assert err.startswith(message)
+    assert len(err.splitlines()) == (1 if code else 0)
 
 
 def test_plan_counts_tokens_and_writes_nothing(run, demo_checkpoint, tmp_path):

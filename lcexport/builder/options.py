@@ -13,6 +13,7 @@ from lcexport.engines import COMPILED, Compiled, backend_module
 from lcexport.engines.bundle import Islands, Precision
 from lcexport.engines.trt.options import TrtOptions
 
+BUNDLES = Path("bundles")
 DEFAULT_MODEL = Path("weights/LongCat-Video")
 MODEL_VARIABLE = "LCEXPORT_MODEL"
 Only = Literal["all", "compile", "export"]
@@ -163,4 +164,4 @@ def default_model() -> Path:
 def default_output(model: Path, presets: tuple[Preset, ...], precision: str) -> Path:
     """bundles/<model>-<resolutions>-<precision>."""
     sizes = "+".join(preset.name for preset in presets)
-    return Path("bundles") / f"{model.resolve().name}-{sizes}-{precision}"
+    return BUNDLES / f"{model.resolve().name}-{sizes}-{precision}"

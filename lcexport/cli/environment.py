@@ -1,8 +1,11 @@
-"""What is installed here: `version`."""
+"""What is installed here, and what it can do: `version`, `doctor`."""
 
 import sys
+from typing import Annotated
 
-from lcexport.cli.app import app
+import typer
+
+from lcexport.cli.app import JsonOption, app
 
 
 @app.command()
@@ -11,3 +14,25 @@ def version() -> None:
     import lcexport
 
     sys.stdout.write(f"lcexport {lcexport.__version__}\n")
+
+
+@app.command()
+def doctor(
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Ask about this engine only, and fail where it cannot be built here."),
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16; both by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what this machine can build and run, and what it would need for the rest."""
+    from lcexport.doctor import diagnose
+    from lcexport.show import show_diagnosis, show_json
+
+    diagnosis = diagnose(backend, precision)
+    if as_json:
+        show_json(diagnosis.as_dict())
+    else:
+        show_diagnosis(diagnosis)
+    if backend is not None and (error := diagnosis.refusal) is not None:
+        raise error
