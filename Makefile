@@ -9,6 +9,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH  := torch==2.13.0
+RTX    := .[tensorrt-rtx]
 PROMPT := a paper boat drifts down a rainy street at night
 
 .DEFAULT_GOAL := help
@@ -29,30 +30,46 @@ $(VENV)/run.stamp: $(VENV)/torch.stamp
 	@$(PIP) install -e .
 	@touch $@
 
+# The demo can do without: no stamp where it cannot be installed, so the next run tries again.
+$(VENV)/rtx.stamp: $(VENV)/run.stamp
+	@echo "installing TensorRT for RTX"
+	@$(PIP) install -e "$(RTX)" >$(VENV)/rtx.log 2>&1 && touch $@ || true
+
 $(VENV)/dev.stamp: $(VENV)/torch.stamp
 	@echo "installing lcexport and the tools its tests need"
 	@$(PIP) install -e ".[dev]"
 	@touch $(VENV)/run.stamp $@
 
-demo: $(VENV)/run.stamp  ## a small checkpoint, its bundle, and a video, in demo/
-	@rm -rf demo/checkpoint demo/bundle demo/bundle.building demo/video.mp4 demo/contact-sheet.png
+demo: $(VENV)/run.stamp $(VENV)/rtx.stamp  ## a small checkpoint, its bundles, and a video, in demo/
+	@rm -rf demo/checkpoint demo/bundle demo/bundle.building demo/video.mp4 demo/contact-sheet.png \
+	    demo/bundle-rtx demo/bundle-rtx.building
 	@mkdir -p demo
-	@echo "1/4 a small checkpoint with random weights"
+	@echo "1/5 a small checkpoint with random weights"
 	@$(BIN)/lcexport demo-checkpoint demo/checkpoint
-	@echo "2/4 from the checkpoint to a bundle"
+	@echo "2/5 from the checkpoint to a bundle"
 	@$(BIN)/lcexport build --model demo/checkpoint --res demo -o demo/bundle
-	@echo "3/4 the bundle against its golden outputs"
+	@echo "3/5 the bundle against its golden outputs"
 	@$(BIN)/lcexport verify demo/bundle
-	@echo "4/4 from a prompt to a video"
+	@echo "4/5 from a prompt to a video"
 	@$(BIN)/lcexport generate demo/bundle --res demo --prompt "$(PROMPT)" \
 	    --out demo/video.mp4 --contact-sheet demo/contact-sheet.png
+	@echo "5/5 the same checkpoint in bf16, compiled for RTX cards on this processor"
+	@if [ -e $(VENV)/rtx.stamp ]; then \
+	    $(BIN)/lcexport build --model demo/checkpoint --res demo --precision bf16 \
+	        --backend tensorrt-rtx -o demo/bundle-rtx && \
+	    $(BIN)/lcexport inspect demo/bundle-rtx; \
+	else \
+	    echo "    skipped: tensorrt-rtx cannot be installed here, $(VENV)/rtx.log says why"; \
+	fi
 	@printf '%s\n' "" \
 	    "  checkpoint      demo/checkpoint/" \
 	    "  bundle          demo/bundle/" \
+	    "  RTX bundle      $$(ls -d demo/bundle-rtx 2>/dev/null || echo skipped)" \
 	    "  video           demo/video.mp4" \
 	    "  contact sheet   demo/contact-sheet.png" "" \
 	    "The weights are random: the video shows that the pieces fit, not what the model can paint." \
 	    "Next:" "" \
+	    "  $(BIN)/lcexport doctor" \
 	    "  $(BIN)/lcexport inspect demo/bundle" \
 	    "  $(BIN)/lcexport verify demo/bundle --level video" \
 	    "  $(BIN)/lcexport build --model demo/checkpoint --res 160x256x9 --add -o demo/bundle" \
