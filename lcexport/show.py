@@ -85,12 +85,13 @@ def show_bundle(bundle: Bundle) -> None:
     """A bundle's manifest."""
     manifest = bundle.manifest
     source = manifest.source
+    none = "none run (compiled only)" if manifest.engines else "none (exported only)"
     out.print(
         f"bundle      {bundle.folder} (schema {manifest.schema_version}, {manifest.created})\n"
         f"source      {source.layout}, {source.tensors} tensors, {source.dtype}, "
         f"sha256 {source.tensors_sha256[:16]}\n"
         f"precision   {manifest.precision}, islands {manifest.islands}\n"
-        f"backends    {', '.join(manifest.backends) or 'none (exported only)'}\n"
+        f"backends    {', '.join(manifest.backends) or none}\n"
         f"versions    {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}"
     )
     graphs = table("Graphs", "name", "pixels", "frames", "tokens", "file")

@@ -71,9 +71,10 @@ def test_inspect_shows_what_was_compiled_for_what(run, demo_bundle, tmp_path):
         "gpu": None, "driver": None, "options": {}, "verified": False,
     }  # fmt: skip
     manifest["engines"] = {"tensorrt-rtx": {"64x96x9": record}}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "backends": []}), "utf-8")
     code, out, _ = run("inspect", tmp_path)
     assert code == 0
+    assert "none run (compiled only)" in out
     (row,) = (line for line in out.splitlines() if "tensorrt-rtx 1.7.1.116" in line)
     assert row.split()[-6:] == ["sm89,", "sm120", "2", "8", "not", "run"]
     code, out, _ = run("inspect", demo_bundle)
