@@ -171,7 +171,7 @@ def target_from(product: Product, name: str) -> TensorRT.ComputeCapability:
     return known[name]
 
 
-def targets(product: Product) -> dict[str, Any]:
+def targets(product: Product) -> dict[str, TensorRT.ComputeCapability]:
     """The GPUs that a product compiles for whatever GPU is here, oldest first; none if that one."""
     if not product.is_rtx:
         return {}

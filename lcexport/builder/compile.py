@@ -122,7 +122,7 @@ def require_compiler(backend: ProductName, options: BuildOptions) -> None:
         UsageError: a compute capability that the product does not compile for.
         IncompatibleError: the product cannot make a builder on this machine.
     """
-    require_supported(open_product(backend), trt_options(options))
+    require_supported(open_product(backend), options.trt)
     require_builder(backend)
 
 

@@ -47,9 +47,6 @@ class BuildOptions(BaseModel):
         names = [preset.name for preset in self.presets]
         if len(set(names)) != len(names):
             raise ValueError(f"a resolution is named twice: {', '.join(names)}")
-        targets = [name.lower() for name in self.compute_capabilities]
-        if len(set(targets)) != len(targets):
-            raise ValueError(f"a compute capability is named twice: {', '.join(targets)}")
         if self.add and self.resume:
             raise ValueError("an addition takes seconds: run --add again, without --resume")
         for backend in self.backends:
