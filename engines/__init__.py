@@ -30,13 +30,22 @@ if TYPE_CHECKING:
 # code, which the runtime otherwise does without.
 BACKENDS = {
     "onnxruntime": "lcexport.engines.ort",
+    "onnxruntime-tensorrt": "lcexport.engines.ort",
+    "onnxruntime-tensorrt-rtx": "lcexport.engines.ort",
     "tensorrt": "lcexport.engines.trt.backend",
     "tensorrt-rtx": "lcexport.engines.trt.backend",
     "eager": "lcexport.eager",
 }
 
 Compiled = Literal["tensorrt", "tensorrt-rtx"]
-COMPILED: tuple[Compiled, ...] = get_args(Compiled)  # these run plans, the others the graph
+COMPILED: tuple[Compiled, ...] = get_args(Compiled)  # these have plans to compile
+
+# ONNX Runtime runs a compiled backend's plans too, as the backend `onnxruntime-<compiled>`; with
+# this execution provider, by ONNX Runtime's name for it.
+PROVIDERS: dict[Compiled, str] = {
+    "tensorrt": "TensorrtExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ class EngineRecord(Frozen):
 
     `compute_capabilities`, `gpu` and `driver` are empty where the compiler chose its targets and
     no GPU was there. `verified` is whether the engine was run against eager torch where it was
-    built: one for another machine's GPU cannot be.
+    built: one for another machine's GPU cannot be. `ep_context` is the ONNX model that wraps the
+    plans for ONNX Runtime, where one was asked for.
     """
 
     plans: tuple[PlanRecord, ...]
@@ -107,6 +108,7 @@ class EngineRecord(Frozen):
     driver: str | None
     options: dict[str, object]
     verified: bool
+    ep_context: str | None = None
 
 
 class StageRecord(Frozen):

@@ -1,5 +1,6 @@
-"""ONNX Runtime: the portable engine. Processor by default, CUDA where `onnxruntime-gpu` is.
+"""ONNX Runtime: the portable engine, on a processor, on CUDA, or over TensorRT's plans.
 
+Which execution provider that is, and with what options: `lcexport.engines.ort_providers`.
 Tensors are bound by address (IO binding): nothing is copied on the way in or out, and on CUDA
 nothing goes through the host. On processors ONNX Runtime repacks the weights in memory of its own.
 """
@@ -15,6 +16,15 @@ import torch
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
 from lcexport.engines import Engine, TensorSpec
 from lcexport.engines.bundle import Bundle
+from lcexport.engines.ort_providers import (
+    configure,
+    first_line,
+    plans_model,
+    provider_of,
+    require,
+)
+
+__all__ = ["OrtEngine", "open_engine", "require"]
 
 NUMPY_DTYPES = {torch.float32: np.float32, torch.bool: np.bool_}
 TORCH_DTYPES = {"tensor(float)": torch.float32, "tensor(bool)": torch.bool}
@@ -22,14 +32,25 @@ ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
 class OrtEngine:
-    """One graph in one ONNX Runtime session. See `lcexport.engines.Engine`."""
+    """One graph in one ONNX Runtime session. See `lcexport.engines.Engine`.
 
-    backend = "onnxruntime"
+    Args:
+        do: what to do where ONNX Runtime does not open the graph.
 
-    def __init__(self, graph: Path, device: str = "cpu") -> None:
-        self.device = torch.device(device)
-        self._stream: torch.cuda.Stream | None = None
-        self._session: ort.InferenceSession | None = self._open(graph)
+    Raises:
+        IncompatibleError: ONNX Runtime does not open it, or not with the backend's provider.
+    """
+
+    def __init__(
+        self,
+        graph: Path,
+        device: str = "cpu",
+        backend: str = "onnxruntime",
+        do: str = "Rebuild the bundle, or install the onnxruntime it was built with.",
+    ) -> None:
+        self.backend, self.device = backend, placed(device)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._session: ort.InferenceSession | None = self._open(graph, do)
         self.inputs = tuple(spec_from(argument) for argument in self._session.get_inputs())
         self.outputs = tuple(spec_from(argument) for argument in self._session.get_outputs())
         self._options = ort.RunOptions()
@@ -37,27 +58,29 @@ class OrtEngine:
             # The caller's stream waits for ours instead of the host waiting for both.
             self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    def _open(self, graph: Path) -> ort.InferenceSession:
+    def _open(self, graph: Path, do: str) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
-        providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
-        if self.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.device)
-            settings = {
-                "device_id": str(self.device.index or 0),
-                "user_compute_stream": str(self._stream.cuda_stream),
-            }
-            providers = [("CUDAExecutionProvider", settings)]
-            # An operation CUDA lacks is an error, not a silent trip through the host.
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        provider = provider_of(self.backend, self.device)
+        stream = self._stream.cuda_stream if self._stream else 0
+        providers = configure(options, provider, self.device, stream)
         try:
-            return ort.InferenceSession(str(graph), options, providers=providers)
+            # Without `enable_fallback=0` it would print and go on with the processor.
+            session = ort.InferenceSession(
+                str(graph), options, providers=providers, enable_fallback=0
+            )
         except Exception as error:  # ONNX Runtime has no common base for its own errors
             raise IncompatibleError(
-                f"ONNX Runtime {ort.__version__} cannot open {graph}",
-                got=str(error).strip().splitlines()[0],
-                do="Rebuild the bundle, or install the onnxruntime it was built with.",
+                f"ONNX Runtime {ort.__version__} cannot open {graph}", got=first_line(error), do=do
             ) from error
+        if session.get_providers()[0] != provider:
+            raise IncompatibleError(
+                f"ONNX Runtime {ort.__version__} left out the provider it was asked for",
+                got=", ".join(session.get_providers()),
+                wanted=provider,
+                do="Its log says why.",
+            )
+        return session
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """See `lcexport.engines.Engine.run`."""
@@ -105,9 +128,21 @@ def open_engine(
     device: str = "cpu",
     like: Engine | None = None,
 ) -> OrtEngine:
-    """Open the bundle's graph for `resolution`."""
+    """Open the bundle's graph for `resolution`, or the plans compiled from it.
+
+    Raises:
+        UsageError: the bundle holds no such resolution, or no such plans.
+        IncompatibleError: the provider does not open it; for plans: it never compiles new ones.
+        IntegrityError: a file is not the one the manifest names.
+    """
     record = bundle.graph(resolution)
-    engine = OrtEngine(bundle.path(record.file), device)
+    if backend == "onnxruntime":
+        engine = OrtEngine(bundle.path(record.file), device)
+    else:
+        path, plans = plans_model(bundle, backend, resolution)
+        built = f"{plans.product} {plans.version} for {', '.join(plans.compute_capabilities)}"
+        do = f"The plans need {built.removesuffix(' for ')}: install that, or rebuild them here."
+        engine = OrtEngine(path, device, backend, do)
     recorded = tuple((tensor.name, tensor.shape) for tensor in record.inputs)
     if recorded != tuple((spec.name, spec.shape) for spec in engine.inputs):
         engine.close()
@@ -115,37 +150,14 @@ def open_engine(
     return engine
 
 
+def placed(device: str) -> torch.device:
+    """`device` with its number: plain `cuda` is torch's current device, which need not be 0."""
+    named = torch.device(device)
+    if named.type == "cuda" and named.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return named
+
+
 def spec_from(argument: ort.NodeArg) -> TensorSpec:
     """The static shape and dtype of a session's input or output."""
     return TensorSpec(argument.name, tuple(argument.shape), TORCH_DTYPES[argument.type])
-
-
-def require(backend: str, precision: str, device: torch.device) -> None:
-    """See `lcexport.engines.require_backend`."""
-    if device.type == "cuda":
-        require_cuda()
-    elif device.type != "cpu":
-        raise UsageError(
-            "unknown device for onnxruntime", got=repr(str(device)), wanted="cpu, cuda"
-        )
-    elif precision == "bf16":
-        raise IncompatibleError(
-            "ONNX Runtime has no bfloat16 arithmetic on processors",
-            got="precision bf16 on cpu",
-            do="Build with --precision fp32, or use --device cuda.",
-        )
-
-
-def require_cuda() -> None:
-    """Raise IncompatibleError unless both torch and ONNX Runtime can use CUDA."""
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise IncompatibleError(
-            "this onnxruntime has no CUDA provider",
-            got=", ".join(ort.get_available_providers()),
-            do="Both wheels hold the same files, so: pip uninstall -y onnxruntime onnxruntime-gpu "
-            "&& pip install onnxruntime-gpu",
-        )
-    if not torch.cuda.is_available():
-        raise IncompatibleError(
-            "torch sees no CUDA device", do="Install a CUDA build of torch, or use --device cpu."
-        )

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,6 +18,7 @@ import torch
 
 from lcexport.builder.memory import available_memory_bytes
 from lcexport.builder.options import BuildOptions
+from lcexport.builder.stages import file_record
 from lcexport.builder.staging import DoneStage, StageOutput
 from lcexport.checkpoint import is_island
 from lcexport.configs.errors import BuildError
@@ -35,8 +37,9 @@ from lcexport.engines.trt.probe import require_builder
 from lcexport.engines.trt.product import ProductName, open_product
 from lcexport.engines.trt.reader import read_here, this_platform
 from lcexport.engines.trt.worker import compile_graph
-from lcexport.graph import prove_precision
+from lcexport.graph import prove_precision, save_graph
 from lcexport.graph.check import Target, check_graph
+from lcexport.graph.epcontext import wrap_plans
 from lcexport.graph.parts import Part, PartCall, parts_of
 from lcexport.graph.segments import Segment, TensorSpec, propose_segments, segment_graph
 
@@ -82,7 +85,12 @@ def compile_engine(
             compile_unit, folder, backend, folder / graph.file, unit, options, name, report
         )
         done.append(stage(name, work))
-    return engine_record(backend, options, done, calls), done
+    record = engine_record(backend, options, done, calls)
+    if options.ep_context:
+        work = partial(context_stage, folder, backend, record, graph)
+        done.append(stage(f"context:{backend}:{graph.preset.name}", work))
+        record = record.model_copy(update={"ep_context": context_name(backend, graph.preset.name)})
+    return record, done
 
 
 def segment_unit(place: str, segment: Segment) -> Unit:
@@ -169,6 +177,15 @@ def compile_unit(
     )
 
 
+def context_stage(
+    folder: Path, backend: ProductName, record: EngineRecord, graph: GraphRecord
+) -> StageOutput:
+    """The ONNX model that wraps the plans for ONNX Runtime."""
+    name = context_name(backend, graph.preset.name)
+    save_graph(wrap_plans(backend, record, graph, version("lcexport")), folder / name)
+    return StageOutput(files={name: file_record(folder / name)})
+
+
 def engine_record(
     backend: ProductName,
     options: BuildOptions,
@@ -214,6 +231,11 @@ def trt_options(backend: ProductName, options: BuildOptions) -> TrtOptions:
     with resource_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return options.trt.model_copy(update={"timing_cache": folder / f"{name}.cache"})
+
+
+def context_name(backend: str, resolution: str) -> str:
+    """The EPContext model of one engine; in the bundle's root, because no plan may lie above it."""
+    return f"dit.{resolution}.{backend}.ctx.onnx"
 
 
 def proposed_segments(model: ir.Model) -> int:

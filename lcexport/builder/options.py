@@ -37,6 +37,7 @@ class BuildOptions(BaseModel):
     weights: Weights = "inside"
     segments: int = Field(default=0, ge=0, le=1000)  # 0: as few as the memory allows
     trt: TrtOptions = TrtOptions()
+    ep_context: bool = False
     add: bool = False
     resume: bool = False
 
@@ -52,6 +53,7 @@ class BuildOptions(BaseModel):
         for backend in self.backends:
             backend_module(backend)
         self._consistent_plans()
+        self._consistent_contexts()
         return self
 
     def _consistent_plans(self) -> None:
@@ -63,12 +65,27 @@ class BuildOptions(BaseModel):
                 "weight_streaming": trt.weight_streaming,
                 "strip_plan": trt.strip_plan,
                 "refit": trt.refit,
+                "EPContext model": self.ep_context,
             }
             if named := [name for name, value in said.items() if value]:
                 raise ValueError(f"plans with shared weights have no {', '.join(named)}")
         said = self.segments or self.weights != "inside" or trt != TrtOptions()
         if said and not set(COMPILED) & set(self.backends):
             raise ValueError("segments, weights and TensorRT's options need a TensorRT backend")
+
+    def _consistent_contexts(self) -> None:
+        """EPContext models wrap plans, and what runs them needs both."""
+        if self.ep_context and not self.compiled:
+            raise ValueError("--ep-context wraps plans: add --backend tensorrt or tensorrt-rtx")
+        if self.ep_context and "tensorrt" in self.compiled and self.segments != 1:
+            raise ValueError("ONNX Runtime's TensorRT provider runs one plan: add --segments 1")
+        for compiled in COMPILED:
+            wrapped = self.ep_context and compiled in self.compiled
+            if f"onnxruntime-{compiled}" in self.engines and not wrapped:
+                raise ValueError(
+                    f"onnxruntime-{compiled} runs the plans of {compiled}: add --ep-context and "
+                    f"--backend {compiled},onnxruntime-{compiled}"
+                )
 
     def fingerprint(self) -> dict[str, object]:
         """What must be equal for a build to be resumed: everything but `resume` itself."""

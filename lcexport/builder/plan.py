@@ -114,7 +114,9 @@ def stage_names(options: BuildOptions) -> list[str]:
     names = [] if options.add else ["weights", "components"]
     names += [f"graph:{preset.name}" for preset in options.presets]
     for preset in options.presets:
-        names += [f"compile:{backend}:{preset.name}" for backend in options.compiled]
+        for backend in options.compiled:
+            names.append(f"compile:{backend}:{preset.name}")
+            names += [f"context:{backend}:{preset.name}"] if options.ep_context else []
     if options.only == "all":
         for preset in options.presets:
             names.append(f"golden:{preset.name}")

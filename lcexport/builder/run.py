@@ -6,7 +6,12 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from lcexport.builder.compile import compile_engine, plans_folder, require_compiler
+from lcexport.builder.compile import (
+    compile_engine,
+    context_name,
+    plans_folder,
+    require_compiler,
+)
 from lcexport.builder.options import BuildOptions
 from lcexport.builder.plan import make_plan, refuse_shortage
 from lcexport.builder.stages import (
@@ -79,7 +84,8 @@ def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bu
 def made_by(options: BuildOptions) -> list[str]:
     """The files and folders that adding these resolutions makes."""
     names = [make(p) for p in options.presets for make in (graph_name, golden_name)]
-    return names + [plans_folder(b, p.name) for b in options.compiled for p in options.presets]
+    made = (plans_folder, context_name) if options.ep_context else (plans_folder,)
+    return names + [f(b, p.name) for b in options.compiled for p in options.presets for f in made]
 
 
 def run_stages(

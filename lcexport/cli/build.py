@@ -56,6 +56,10 @@ TargetsOption = Annotated[
     str | None, typer.Option(help="GPUs to compile for, such as sm89,sm120; tensorrt-rtx only.")
 ]
 
+EpContextOption = Annotated[
+    bool, typer.Option("--ep-context", help="Wrap the plans in an ONNX model for ONNX Runtime.")
+]
+
 
 @app.command()
 def build(
@@ -72,6 +76,7 @@ def build(
     segments: SegmentsOption = 0,
     targets: TargetsOption = None,
     trt: TrtOption = None,
+    ep_context: EpContextOption = False,
     add: Annotated[bool, typer.Option("--add", help="Add the resolution to a bundle.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a killed build.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only, like `plan`.")] = False,
@@ -85,7 +90,8 @@ def build(
     options = options_from(
         model=model, res=res, output=output, precision=precision, islands=islands,
         backends=backend, batch=batch, device=device, only=only, weights=weights,
-        segments=segments, targets=targets, trt=trt or (), add=add, resume=resume,
+        segments=segments, targets=targets, trt=trt or (), ep_context=ep_context,
+        add=add, resume=resume,
     )  # fmt: skip
     if dry_run:
         show_the_plan(options, as_json)

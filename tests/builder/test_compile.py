@@ -5,6 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import onnx
+import onnx_ir as ir
 import pytest
 
 from lcexport.builder import BuildOptions, build, options_from
@@ -12,6 +14,7 @@ from lcexport.builder.staging import JOURNAL
 from lcexport.configs.errors import BuildError, IncompatibleError, UsageError
 from lcexport.engines import open_engine
 from lcexport.engines.bundle import open_bundle
+from lcexport.engines.ort import OrtEngine
 from lcexport.engines.trt import probe
 from lcexport.engines.trt.options import TrtOptions
 from lcexport.verify import verify
@@ -30,6 +33,7 @@ def compiled_options(demo_options: BuildOptions, tmp_path_factory) -> BuildOptio
             "precision": "bf16",
             "backends": (BACKEND,),
             "segments": 3,
+            "ep_context": True,
             "only": "compile",
         }
     )
@@ -75,14 +79,15 @@ def test_what_leaves_a_plan_enters_the_next(compiled):
 
 def test_each_segment_is_a_stage_of_its_own(compiled):
     stages = [stage.name for stage in open_bundle(compiled).manifest.stages]
-    assert stages[-3:] == [f"compile:{BACKEND}:{SIZE}:{index}/3" for index in (1, 2, 3)]
+    compiling = [f"compile:{BACKEND}:{SIZE}:{index}/3" for index in (1, 2, 3)]
+    assert stages[-4:] == [*compiling, f"context:{BACKEND}:{SIZE}"]
 
 
 @pytest.fixture(scope="module")
 def shared(compiled_options: BuildOptions, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("shared") / "bundle"
     build(
-        compiled_options.model_copy(update={"output": output, "weights": "shared", "segments": 0})
+        compiled_options.model_copy(update={"output": output, "weights": "shared", "segments": 0, "ep_context": False})
     )
     return output
 
@@ -95,10 +100,8 @@ def test_with_shared_weights_there_are_three_plans_whatever_the_depth(shared, co
     assert [call.plan for call in engine.calls] == [0, 1, 1, 1, 1, 2]
     assert engine.calls[2].prefix == "blocks.1."
     whole = open_bundle(compiled).manifest.graphs[SIZE].precision_proof
-    assert (
-        sum(engine.plans[call.plan].attentions for call in engine.calls)
-        == (whole["attentions_bulk"])
-    )
+    attentions = [engine.plans[call.plan].attentions for call in engine.calls]
+    assert sum(attentions) == whole["attentions_bulk"]
 
 
 def test_a_shared_plan_holds_no_weight(shared, compiled):
@@ -117,6 +120,37 @@ def test_a_plan_is_not_run_where_there_is_no_gpu(compiled):
     for device in ("cpu", "cuda"):
         with pytest.raises(IncompatibleError, match="NVIDIA GPU"):
             open_engine(BACKEND, open_bundle(compiled), SIZE, device)
+
+
+def test_the_plans_are_wrapped_for_onnx_runtime(compiled):
+    manifest = open_bundle(compiled).manifest
+    engine = manifest.engines[BACKEND][SIZE]
+    assert engine.ep_context in manifest.files
+    wrapped = ir.load(compiled / engine.ep_context)
+    onnx.checker.check_model(ir.to_proto(wrapped), full_check=True)
+    plans = [node.attributes.get_string("ep_cache_context") for node in wrapped.graph]
+    assert plans == [plan.file for plan in engine.plans]
+    assert all((compiled / plan).is_file() and plan in manifest.files for plan in plans)
+    assert {(node.domain, node.op_type) for node in wrapped.graph} == {
+        ("com.microsoft", "EPContext")
+    }
+    graph = ir.load(compiled / manifest.graphs[SIZE].file)
+    for found, wanted in (
+        (wrapped.graph.inputs, graph.graph.inputs),
+        (wrapped.graph.outputs, graph.graph.outputs),
+    ):
+        assert [(v.name, v.shape, v.dtype) for v in found] == [
+            (v.name, v.shape, v.dtype) for v in wanted
+        ]
+
+
+def test_wrapped_plans_are_refused_where_no_provider_takes_them(compiled):
+    bundle = open_bundle(compiled)
+    with pytest.raises(IncompatibleError, match=r"--device cuda"):
+        open_engine(f"onnxruntime-{BACKEND}", bundle, SIZE)
+    context = bundle.manifest.engines[BACKEND][SIZE].ep_context
+    with pytest.raises(IncompatibleError, match=r"cannot open .*ctx\.onnx; got .*EPContext"):
+        OrtEngine(compiled / context)
 
 
 def test_a_changed_plan_fails_its_hash(compiled, tmp_path):
@@ -161,6 +195,16 @@ def test_fp32_is_refused_before_anything_is_built(compiled_options, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_running_wrapped_plans_needs_a_gpu_and_says_so_first(compiled_options, tmp_path):
+    backends = (BACKEND, f"onnxruntime-{BACKEND}")
+    options = compiled_options.model_copy(
+        update={"output": tmp_path / "b", "backends": backends, "only": "all"}
+    )
+    with pytest.raises(IncompatibleError, match="NVIDIA GPUs; got device cpu"):
+        build(options)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_rtx_target_that_does_not_exist_is_refused(compiled_options, tmp_path):
     options = compiled_options.model_copy(
         update={"output": tmp_path / "b", "trt": TrtOptions(compute_capabilities=("sm12",))}
@@ -184,6 +228,7 @@ def test_a_compiler_that_crashes_here_is_refused_before_anything_is_built(
     [
         ({"weights": "shared", "segments": 2}, "shared weights have no segments"),
         ({"weights": "shared", "trt": ["refit=true"]}, "shared weights have no refit"),
+        ({"weights": "shared", "ep_context": True}, "shared weights have no EPContext model"),
         ({"backends": "onnxruntime", "segments": 2}, "need a TensorRT backend"),
         ({"trt": ["optimization_level=6"]}, "trt.optimization_level: .*less than or equal to 5"),
         ({"trt": ["optimisation=3"]}, "got 'optimisation=3'; wanted name=value with workspace_b"),

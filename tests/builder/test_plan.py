@@ -72,6 +72,14 @@ def test_stages_follow_the_options(options):
         "engine:onnxruntime:64x64x5",
         "engine:eager:64x64x5",
     ]
+    wrapped = {"backends": ("tensorrt-rtx",), "ep_context": True, "only": "compile"}
+    assert plan.stage_names(options.model_copy(update=wrapped)) == [
+        "weights",
+        "components",
+        "graph:64x96x9",
+        "compile:tensorrt-rtx:64x96x9",
+        "context:tensorrt-rtx:64x96x9",
+    ]
     only = both.model_copy(update={"only": "export", "add": True})
     assert plan.stage_names(only) == ["graph:64x96x9", "graph:64x64x5"]
 
@@ -120,6 +128,16 @@ def test_an_export_needs_little_memory_whatever_the_model(demo_checkpoint, optio
         ({"batch": 0}, "greater than or equal to 1"),
         ({"only": "engines"}, "'compile' or 'export'"),
         ({"surprise": 1}, "Extra inputs"),
+        ({"ep_context": True}, "add --backend tensorrt or tensorrt-rtx"),
+        ({"ep_context": True, "backends": ("tensorrt",)}, "runs one plan: add --segments 1"),
+        (
+            {"backends": ("tensorrt-rtx", "onnxruntime-tensorrt-rtx")},
+            "add --ep-context and --backend tensorrt-rtx,onnxruntime-tensorrt-rtx",
+        ),
+        (
+            {"ep_context": True, "backends": ("tensorrt-rtx", "onnxruntime-tensorrt")},
+            "runs the plans of tensorrt: add",
+        ),
     ],
 )
 def test_options_that_make_no_sense(options, changes, match):
