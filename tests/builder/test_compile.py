@@ -87,7 +87,9 @@ def test_each_segment_is_a_stage_of_its_own(compiled):
 def shared(compiled_options: BuildOptions, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("shared") / "bundle"
     build(
-        compiled_options.model_copy(update={"output": output, "weights": "shared", "segments": 0, "ep_context": False})
+        compiled_options.model_copy(
+            update={"output": output, "weights": "shared", "segments": 0, "ep_context": False}
+        )
     )
     return output
 

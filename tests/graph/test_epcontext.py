@@ -1,5 +1,7 @@
 """Plans wrapped for ONNX Runtime: one node each, chained by names, with what the providers read."""
 
+from importlib import import_module
+
 import onnx
 import onnx_ir as ir
 import pytest
@@ -28,6 +30,7 @@ def plan(
     )
 
 
+TYPES = {"FLOAT": "tensor(float)", "BFLOAT16": "tensor(bfloat16)", "BOOL": "tensor(bool)"}
 WHOLE = (plan(0, (LATENTS, MASK), (VELOCITY,)),)
 CHAIN = (
     plan(0, (LATENTS, MASK), (TEXT, X)),
@@ -98,6 +101,18 @@ def test_segments_are_chained_by_their_names(graph):
     ]
     assert list(model.graph.outputs) == list(third.outputs)
     assert len({attributes(node)["partition_name"] for node in model.graph}) == 3
+
+
+def test_onnx_runtimes_own_schema_knows_every_attribute_and_type(graph):
+    state = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    known = state.get_all_operator_schema()
+    (schema,) = [s for s in known if (s.domain, s.name) == ("com.microsoft", "EPContext")]
+    allowed = {name for types in schema.type_constraints for name in types.allowed_type_strs}
+    for node in wrap_plans("tensorrt-rtx", engine(CHAIN), graph, "0").graph:
+        for name, attribute in node.attributes.items():
+            assert schema.attributes[name].type.name == attribute.type.name
+        names = {ir.DataType(value.dtype).name for value in (*node.inputs, *node.outputs) if value}
+        assert {TYPES[name] for name in names} <= allowed
 
 
 @pytest.mark.parametrize(
