@@ -105,6 +105,8 @@ def resource_errors(path: Path) -> Iterator[None]:
             raise ResourceError(
                 f"no permission to write {path}", do="Choose a folder you may write to."
             ) from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise ResourceError("the name is too long", got=path, do="Choose another.") from error
         if isinstance(error, NotADirectoryError | FileExistsError):
             raise ResourceError(
                 f"cannot make {path}: a file is in the way", do="Choose another folder."

@@ -6,17 +6,17 @@ textures, and show that the pieces fit, not what the model can paint.
 
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lcexport.builder.staging import refuse_occupied
 from lcexport.checkpoint import expected_tensors
 from lcexport.configs.dit import DiTConfig
+from lcexport.configs.errors import ResourceError
 from lcexport.engines.files import resource_errors
+from lcexport.engines.folders import new_folder
 
 SEED = 7
 CONFIG = DiTConfig(
@@ -35,22 +35,24 @@ def make_demo_checkpoint(folder: Path) -> None:
     """Write the checkpoint to `folder`, which must be free; the same bytes every time.
 
     Raises:
-        ResourceError: the folder is not empty, or cannot be written.
+        UsageError: the folder has no name of its own.
+        ResourceError: the folder is taken, or cannot be written.
     """
-    refuse_occupied(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    with resource_errors(folder), torch.random.fork_rng(devices=[]):
+    with resource_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as temporary, torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        temporary.mkdir(parents=True)
         try:
             write_dit(temporary / "dit")
             write_text_encoder(temporary / "text_encoder")
             write_tokenizer(temporary / "tokenizer")
             write_vae(temporary / "vae")
             write_scheduler(temporary / "scheduler")
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except SafetensorError as error:  # how the library that writes weights says "disk full"
+            raise ResourceError(
+                f"cannot write {folder}", got=error, wanted="about 25 MB of free disk",
+                do="Free some space or choose another disk.",
+            ) from error  # fmt: skip
 
 
 def write_dit(folder: Path) -> None:

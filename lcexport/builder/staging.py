@@ -6,9 +6,7 @@ A resolution added to a bundle (`Addition`) takes seconds and has no journal: it
 whole in the bundle, and count from the moment the manifest, replaced last, names them.
 """
 
-import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,12 +20,12 @@ from lcexport.builder.options import staging_folder
 from lcexport.configs.errors import (
     InputError,
     IntegrityError,
-    LockedError,
     ResourceError,
     UsageError,
 )
 from lcexport.engines.bundle import MANIFEST, FileRecord, Manifest, StageRecord
 from lcexport.engines.files import resource_errors, sync_folder, write_bytes
+from lcexport.engines.folders import FolderLock
 
 JOURNAL = ".journal.json"
 
@@ -227,37 +225,6 @@ class Addition:
         with resource_errors(self.folder):
             write_bytes(self.folder / MANIFEST, manifest_json(manifest), replace=True)
         self._made.clear()
-
-
-class FolderLock:
-    """An advisory lock on a folder, held by an open descriptor: it ends with the process."""
-
-    def __init__(self) -> None:
-        self._descriptor: int | None = None
-
-    def take(self, folder: Path, output: Path) -> None:
-        """Lock, or raise LockedError: somebody builds here, or just renamed the folder away."""
-        held = LockedError(
-            f"another build is writing {output}", do="Wait for it, or name another -o."
-        )
-        try:
-            descriptor = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError as error:  # renamed or removed by its builder just now
-            raise held from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
-        except BlockingIOError:
-            same = False
-        if not same:
-            os.close(descriptor)
-            raise held
-        self._descriptor = descriptor
-
-    def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
 
 def refuse_occupied(output: Path) -> None:
