@@ -56,8 +56,11 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def check(self, tensor: torch.Tensor) -> None:
-        """Raise UsageError unless `tensor` has this shape and dtype and is contiguous."""
+    def check(self, tensor: torch.Tensor, device: torch.device | None = None) -> None:
+        """Raise UsageError unless `tensor` has this shape and dtype, is contiguous and on `device`.
+
+        Without a device its place is the caller's to check.
+        """
         if tuple(tensor.shape) != self.shape or tensor.dtype != self.dtype:
             raise UsageError(
                 f"engine tensor {self.name} does not fit",
@@ -66,6 +69,10 @@ class TensorSpec:
             )
         if not tensor.is_contiguous():
             raise UsageError(f"engine tensor {self.name} is not contiguous")
+        if device and not same_device(tensor.device, device):
+            raise UsageError(
+                f"engine tensor {self.name} is elsewhere", got=tensor.device, wanted=device
+            )
 
 
 class Engine(Protocol):
@@ -124,13 +131,7 @@ def require_backend(backend: str, precision: str, device: str) -> None:
         UsageError: no such backend or device.
         IncompatibleError: the library, the device or the precision is not to be had here.
     """
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(
-            "unknown device", got=repr(device), wanted="cpu, cuda or cuda:N"
-        ) from error
-    name = backend_module(backend)
+    kind, name = device_from(device), backend_module(backend)
     try:
         module = import_module(name)
     except (ImportError, AttributeError) as error:  # half a library is a module without names
@@ -140,6 +141,30 @@ def require_backend(backend: str, precision: str, device: str) -> None:
             do="Install it again: pip install --force-reinstall lcexport",
         ) from error
     module.require(backend, precision, kind)
+
+
+def device_from(name: str) -> torch.device:
+    """The device of that name, whether or not this machine has it.
+
+    Raises:
+        UsageError: no such device, or one that engines do not run on.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise unknown_device(name) from error
+    if device.type not in ("cpu", "cuda"):
+        raise unknown_device(name)
+    return device
+
+
+def unknown_device(name: str) -> UsageError:
+    return UsageError("unknown device", got=repr(name), wanted="cpu, cuda or cuda:N")
+
+
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether both are the same; `cuda` is `cuda:0`."""
+    return (one.type, one.index or 0) == (other.type, other.index or 0)
 
 
 def backend_module(backend: str) -> str:

@@ -36,9 +36,9 @@ class EagerEngine:
         if self._forward is None:
             raise UsageError("the engine is closed")
         for spec in self.inputs:
-            spec.check(inputs[spec.name])
+            spec.check(inputs[spec.name], self.device)
         output = outputs[self.outputs[0].name]
-        self.outputs[0].check(output)  # copy_ would broadcast and convert in silence
+        self.outputs[0].check(output, self.device)  # copy_ would broadcast and convert in silence
         with torch.inference_mode():
             output.copy_(self._forward(inputs))
 

@@ -39,6 +39,14 @@ def test_inputs_that_do_not_fit(doubling, x, match):
         doubling.run({"x": x}, {"velocity": torch.zeros(2, 3)})
 
 
+def test_tensors_on_another_device(doubling):
+    here, elsewhere = torch.zeros(2, 3), torch.zeros(2, 3, device="meta")
+    with pytest.raises(UsageError, match="engine tensor x is elsewhere; got meta; wanted cpu"):
+        doubling.run({"x": elsewhere}, {"velocity": here})
+    with pytest.raises(UsageError, match="engine tensor velocity is elsewhere"):
+        doubling.run({"x": here}, {"velocity": elsewhere})
+
+
 @pytest.mark.parametrize("output", [torch.zeros(4, 2, 3), torch.zeros(2, 3).half()])
 def test_an_output_that_does_not_fit(doubling, output):
     with pytest.raises(UsageError, match="engine tensor velocity"):

@@ -5,9 +5,17 @@ import sys
 from importlib import import_module
 
 import pytest
+import torch
 
 from lcexport.configs.errors import IncompatibleError, UsageError
-from lcexport.engines import BACKENDS, COMPILED, backend_module, open_engine, require_backend
+from lcexport.engines import (
+    BACKENDS,
+    COMPILED,
+    backend_module,
+    open_engine,
+    require_backend,
+    same_device,
+)
 from lcexport.engines.bundle import open_bundle
 
 
@@ -27,6 +35,20 @@ def test_an_unknown_backend_is_told_the_known_ones(demo_bundle, name):
 def test_an_unknown_resolution_is_told_the_known_ones(demo_bundle, backend):
     with pytest.raises(UsageError, match="got '480p'; wanted one of 64x96x9"):
         open_engine(backend, open_bundle(demo_bundle), "480p")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("device", ["meta", "mps", "toaster", ""])
+def test_a_device_engines_do_not_run_on(demo_bundle, backend, device):
+    with pytest.raises(UsageError, match=r"unknown device.*wanted cpu, cuda or cuda:N"):
+        open_engine(backend, open_bundle(demo_bundle), "64x96x9", device)
+
+
+def test_cuda_is_its_first_device():
+    cuda, first, second = (torch.device(name) for name in ("cuda", "cuda:0", "cuda:1"))
+    assert same_device(cuda, first)
+    assert not same_device(cuda, second)
+    assert not same_device(cuda, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("backend", COMPILED)
