@@ -78,10 +78,10 @@ def measure(folder: Path) -> dict[str, object]:
     source_bytes = make_checkpoint(checkpoint)
     disk_speed = write_speed(folder / "probe")
     tell(f"this disk writes {disk_speed / 1e9:.2f} GB/s; building 480p")
-    first_seconds = build(checkpoint, bundle, "480p")
+    first_seconds = build(bundle, "480p", "--model", str(checkpoint))
     before = sizes(bundle)
     tell("adding 720p")
-    second_seconds = build(checkpoint, bundle, "720p", "--add")
+    second_seconds = build(bundle, "720p", "--add")
     manifest = read_manifest(bundle)
     added = check_addition(before, sizes(bundle))
     stages = {stage.name: stage for stage in manifest.stages}
@@ -175,10 +175,10 @@ def write_speed(path: Path) -> float:
     return PROBE_BYTES / seconds
 
 
-def build(checkpoint: Path, bundle: Path, resolution: str, *more: str) -> float:
+def build(bundle: Path, resolution: str, *more: str) -> float:
     """Run the command as a user would; seconds of the whole process."""
-    command = [*BUILD, "--model", str(checkpoint), "--res", resolution, "-o", str(bundle)]
-    command += ["--precision", "bf16", "--only", "export", *more]
+    command = [*BUILD, "--res", resolution, "-o", str(bundle), *more]
+    command += ["--precision", "bf16", "--only", "export"]
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start

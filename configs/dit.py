@@ -61,6 +61,13 @@ class DiTConfig(BaseModel):
         return self.in_channels * 4
 
     @classmethod
+    def keys(cls) -> list[str]:
+        """Every key of `config.json` that is read, aliases included."""
+        aliases = (field.validation_alias for field in cls.model_fields.values())
+        choices = (a.choices for a in aliases if isinstance(a, AliasChoices))
+        return [*cls.model_fields, *(str(c) for given in choices for c in given)]
+
+    @classmethod
     def from_json(cls, path: str | Path) -> Self:
         """Read `config.json`.
 

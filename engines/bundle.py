@@ -50,6 +50,15 @@ class TensorRecord(Frozen):
     dtype: str
 
 
+class AddedRecord(Frozen):
+    """How a graph came into a finished bundle; without one, as the manifest's own fields say."""
+
+    created: str
+    versions: dict[str, str]
+    device: str
+    effective: dict[str, object]
+
+
 class GraphRecord(Frozen):
     """One resolution: its preset, its graph, and the proof that the graph keeps the precision."""
 
@@ -61,6 +70,7 @@ class GraphRecord(Frozen):
     outputs: tuple[TensorRecord, ...]
     precision_proof: dict[str, int]
     golden: str | None = None
+    added: AddedRecord | None = None
 
 
 class PlanRecord(Frozen):
@@ -234,6 +244,8 @@ def read_manifest(folder: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise IntegrityError(f"{path}: {where}: {first['msg']}", do="Rebuild it.") from error
+    if not manifest.graphs:
+        raise IntegrityError(f"{path} names no graph", do="Rebuild it.")
     for name in manifest.files:
         check_name(name, path)
     return manifest

@@ -1,42 +1,35 @@
 """What `load` makes sure of before anything heavy is read: scheduler, device, engine."""
 
-import json
-import math
+from pathlib import Path
 
 import torch
 
 from lcexport.configs.errors import IncompatibleError, InputError, UsageError
-from lcexport.engines import Engine
-from lcexport.engines.bundle import Bundle, GraphRecord
+from lcexport.engines import Engine, device_from
+from lcexport.engines.bundle import GraphRecord
 from lcexport.runtime.denoiser import input_spec
+from lcexport.runtime.loading import DOWNLOAD_AGAIN, is_finite_number, read_config
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 
 
-def read_shift(bundle: Bundle) -> float:
-    """The flow-match shift of the bundle's scheduler; its other keys play no part.
+def read_shift(path: Path) -> float:
+    """The flow-match shift of a scheduler's configuration; its other keys play no part.
 
     Raises:
-        IntegrityError: the bundle has no scheduler configuration.
-        InputError: it holds no usable shift.
+        InputError: the file is missing or damaged, or holds no usable shift.
     """
-    path = bundle.path(SCHEDULER_CONFIG)
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    shift = config.get("shift") if isinstance(config, dict) else None
-    if isinstance(shift, int | float) and math.isfinite(shift) and shift > 0:
+    shift = read_config(path).get("shift")
+    if is_finite_number(shift) and shift > 0:
         return float(shift)
-    raise InputError(f"{path}: no usable shift", got=repr(shift), wanted="a number above 0")
+    raise InputError(
+        f"{path}: no usable shift", got=repr(shift), wanted="a number above 0", do=DOWNLOAD_AGAIN
+    )
 
 
 def check_device(device: str) -> torch.device:
-    """The device, if torch knows it and has it."""
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError("unknown device", got=repr(device), wanted="cpu or cuda") from error
+    """The device, if engines run on its kind and torch has it."""
+    where = device_from(device)
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise IncompatibleError(
             "torch sees no such GPU",

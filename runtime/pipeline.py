@@ -16,7 +16,7 @@ from lcexport.configs.errors import UsageError
 from lcexport.engines import Engine, open_engine
 from lcexport.engines.bundle import Bundle, GraphRecord, open_bundle
 from lcexport.runtime.cancel import CancelToken
-from lcexport.runtime.checks import check_device, check_engine, read_shift
+from lcexport.runtime.checks import SCHEDULER_CONFIG, check_device, check_engine, read_shift
 from lcexport.runtime.denoiser import Denoiser
 from lcexport.runtime.request import Request, initial_noise, request_from
 from lcexport.runtime.residency import Offload, Resident, check_offload
@@ -73,7 +73,7 @@ def load(
     where = check_device(device)
     bundle = open_bundle(bundle_dir, every_hash=check_hashes)
     graph = bundle.graph(resolution)
-    shift = read_shift(bundle)
+    shift = read_shift(bundle.path(SCHEDULER_CONFIG))
     # The encoder and the VAE compute in the DiT's precision, as the released pipeline does.
     dtype = torch.bfloat16 if bundle.manifest.precision == "bf16" else torch.float32
     with ExitStack() as stack:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lcexport.configs.errors import InputError, UsageError
+from lcexport.configs.errors import InputError, UsageError, VerificationError
+from lcexport.runtime.loading import DOWNLOAD_AGAIN, library_errors, read_config, refuse_missing
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -74,11 +75,20 @@ class TextEncoder:
         return Text(torch.cat([r.embeds for r in rows]), torch.cat([r.mask for r in rows]))
 
     def encode_ids(self, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> Text:
-        """Encode token ids, padding included; mask is nonzero on real tokens."""
+        """Encode token ids, padding included; mask is nonzero on real tokens.
+
+        Raises:
+            VerificationError: the embeddings hold NaN or infinity.
+        """
         model = self._opened()
         ids_BL, mask_BL = ids_BL.to(model.device), mask_BL.to(model.device)
         with torch.no_grad():
             hidden_BLC = model(input_ids=ids_BL, attention_mask=mask_BL.long()).last_hidden_state
+        if not torch.isfinite(hidden_BLC).all():
+            raise VerificationError(
+                "the text encoder gave numbers that are not finite",
+                do="Run `lcexport validate` on the checkpoint: it scans the encoder's weights.",
+            )
         return Text(hidden_BLC.float().unsqueeze(1), mask_BL.bool())
 
     def to(self, device: torch.device | str) -> "TextEncoder":
@@ -155,32 +165,56 @@ def no_progress_bar() -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, tried on one prompt.
+
+    Raises:
+        InputError: a file is missing or damaged, or the tokenizer cannot pad.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"no usable tokenizer in {folder}: {error}") from error
+    with library_errors("tokenizer", folder):
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        ids = tokenizer("a cat")["input_ids"]
+    if not ids or tokenizer.pad_token is None:
+        raise InputError(
+            f"the tokenizer in {folder} does not tokenise",
+            got=f"{len(ids)} tokens for 'a cat', padding token {tokenizer.pad_token}",
+            wanted="some tokens, and a padding token",
+            do=DOWNLOAD_AGAIN,
+        )
+    return tokenizer
 
 
 def load_umt5(folder: Path, dtype: torch.dtype, device: torch.device | str) -> "UMT5EncoderModel":
     from transformers import UMT5EncoderModel
 
     read: Any = UMT5EncoderModel.from_pretrained
-    try:
-        with no_progress_bar():
-            model, report = read(
-                str(folder),
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError) as error:
-        raise InputError(f"no usable text encoder in {folder}: {error}") from error
-    # The library fills in random numbers for what is missing, and only logs it.
-    if report["missing_keys"]:
-        raise InputError(
-            f"the text encoder in {folder} lacks weights", got=sorted(report["missing_keys"])[:3]
+    with library_errors("text encoder", folder), no_progress_bar():
+        model, report = read(
+            str(folder),
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+    refuse_missing("text encoder", folder, report["missing_keys"])
     return model.to(device).eval().requires_grad_(False)
+
+
+def umt5_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each weight that the encoder's `config.json` calls for. Reads no weight.
+
+    Raises:
+        InputError: the configuration is missing or no UMT5's.
+    """
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = read_config(folder / "config.json")
+    with library_errors("text encoder", folder), torch.device("meta"):
+        model = UMT5EncoderModel(UMT5Config.from_dict(config))
+        # Views of another weight under a second name: a file need not hold them.
+        tied: Any = model._tied_weights_keys or {}
+        weights = model.state_dict()
+    return {name: tuple(value.shape) for name, value in weights.items() if name not in tied}

@@ -52,8 +52,14 @@ class Video:
         return path
 
     def save_contact_sheet(self, path: str | Path, columns: int = 4, count: int = 8) -> Path:
-        """Write `contact_sheet` as a new PNG file, whole or not at all."""
+        """Write `contact_sheet` as a new PNG file, whole or not at all.
+
+        Raises:
+            UsageError: the suffix is not .png.
+            ResourceError: the file exists, the disk is full, or no permission.
+        """
         path = Path(path)
+        check_suffix(path, ".png")
         with new_file(path) as file:
             self.contact_sheet(columns, count).save(file, format="PNG")
         return path
@@ -91,18 +97,22 @@ class Video:
 
 def check_target(path: Path, shape: tuple[int, ...]) -> None:
     """Refuse what cannot be written before any file is opened."""
-    if path.suffix.lower() != ".mp4":
-        raise UsageError(
-            "unknown kind of video file",
-            got=repr(path.suffix or path.name),
-            wanted=".mp4",
-            do="Name the file something.mp4.",
-        )
+    check_suffix(path, ".mp4")
     if not path.parent.is_dir():
         raise UsageError("no such folder", got=path.parent, do="Create it first.")
     if shape[1] % 2 or shape[2] % 2:
         raise UsageError(
             "H.264 with halved colour needs even sizes", got=f"{shape[1]} x {shape[2]} pixels"
+        )
+
+
+def check_suffix(path: Path, suffix: str) -> None:
+    """Refuse a file name of another kind."""
+    if path.suffix.lower() != suffix:
+        raise UsageError(
+            "unknown kind of file",
+            got=repr(path.name),
+            wanted=f"something{suffix}",
         )
 
 

@@ -16,6 +16,7 @@ from lcexport.builder.options import (
 )
 from lcexport.builder.plan import Plan, make_plan, refuse_shortage
 from lcexport.builder.run import BuildProgress, build
+from lcexport.builder.stages import open_source
 
 __all__ = [
     "BuildOptions",
@@ -25,6 +26,7 @@ __all__ = [
     "default_model",
     "default_output",
     "make_plan",
+    "open_source",
     "options_from",
     "refuse_shortage",
 ]

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -21,20 +20,19 @@ from lcexport.builder.stages import (
     golden_stage,
     graph_name,
     graph_stage,
-    require_components,
+    now,
+    open_source,
     source_identity,
     versions,
     weights_stage,
 )
 from lcexport.builder.staging import Addition, DoneStage, NewBundle, StageOutput, Workplace
-from lcexport.checkpoint import Checkpoint, check_tensors, open_checkpoint
+from lcexport.checkpoint import Checkpoint, check_components
 from lcexport.configs import Preset
-from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import UsageError
 from lcexport.engines import require_backend
 from lcexport.engines.bundle import (
     COMPONENTS,
-    DIT_CONFIG,
     Bundle,
     FileRecord,
     GraphRecord,
@@ -60,14 +58,13 @@ def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bu
         BuildError: a graph breaks the precision policy, or an engine disagrees with eager.
     """
     report = on_progress or (lambda stage, done, total: None)
-    checkpoint = open_checkpoint(options.model)
-    check_tensors(checkpoint)
+    checkpoint = open_source(options)
     check_environment(checkpoint, options)
     refuse_shortage(make_plan(checkpoint, options))
     if options.add:
         with Addition(options.output) as addition:
             # Under the lock: another builder may have added to the bundle a moment ago.
-            old = addable_bundle(checkpoint, options)
+            old = addable_bundle(options)
             addition.claim(made_by(options))
             addition.publish(run_stages(addition, checkpoint, options, old, report))
         return open_bundle(options.output)
@@ -170,7 +167,7 @@ def first_manifest(options: BuildOptions, stages: list[DoneStage]) -> Manifest:
         files |= done.output.files
     return Manifest(
         name=options.output.name,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=now(),
         source=SourceRecord.model_validate(stages[0].output.facts["source"]),
         precision=options.precision,
         islands=options.islands,
@@ -197,16 +194,16 @@ def grown(manifest: Manifest, done: DoneStage, record: GraphRecord) -> Manifest:
 
 def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:
     """Refuse now what a later stage would refuse after an hour: components, device, backends."""
-    if options.only == "all" and not options.add:
-        require_components(checkpoint)
+    if not options.add:
+        check_components(checkpoint, required=COMPONENTS if options.only == "all" else ())
     for backend in options.compiled + options.engines:
         require_backend(backend, options.precision, options.device)
     for backend in options.compiled:
         require_compiler(backend, options)
 
 
-def addable_bundle(checkpoint: Checkpoint, options: BuildOptions) -> Manifest:
-    """The bundle's manifest, where this checkpoint's graphs may be added to it."""
+def addable_bundle(options: BuildOptions) -> Manifest:
+    """The bundle's manifest, where graphs of these options may be added to it."""
     bundle = open_bundle(options.output)
     manifest = bundle.manifest
     for field in ("precision", "islands"):
@@ -216,11 +213,6 @@ def addable_bundle(checkpoint: Checkpoint, options: BuildOptions) -> Manifest:
                 got=getattr(options, field),
                 wanted=getattr(manifest, field),
             )
-    if DiTConfig.from_json(bundle.path(DIT_CONFIG)) != checkpoint.config:
-        raise UsageError(
-            f"the bundle {options.output} was made from another model",
-            got=f"the configuration of {checkpoint.folder}",
-        )
     for preset in options.presets:
         if preset.name in manifest.graphs:
             raise UsageError(f"the bundle {options.output} has {preset.name} already")

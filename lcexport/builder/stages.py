@@ -1,8 +1,8 @@
 """The stages of a build, each a function from what exists to the files it adds."""
 
 import hashlib
-import shutil
 from collections.abc import Callable
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,11 +12,19 @@ from safetensors.torch import save
 
 from lcexport.builder.options import BuildOptions
 from lcexport.builder.staging import StageOutput
-from lcexport.checkpoint import Checkpoint, TensorInfo, read_header, write_native
+from lcexport.checkpoint import (
+    Checkpoint,
+    TensorInfo,
+    check_tensors,
+    copy_folder,
+    open_checkpoint,
+    read_header,
+    write_native,
+)
 from lcexport.compare import STEP_TOLERANCE, difference
 from lcexport.configs import Preset
 from lcexport.configs.dit import DiTConfig
-from lcexport.configs.errors import BuildError, InputError
+from lcexport.configs.errors import BuildError
 from lcexport.dit import Geometry
 from lcexport.eager import DitEngine, dit_from_files
 from lcexport.engines import Engine, backend_module, open_engine
@@ -24,23 +32,18 @@ from lcexport.engines.bundle import (
     COMPONENTS,
     DIT_CONFIG,
     WEIGHTS,
+    AddedRecord,
     Bundle,
     FileRecord,
     GraphRecord,
     SourceRecord,
     TensorRecord,
+    open_bundle,
 )
-from lcexport.engines.files import CHUNK_BYTES, new_file, sha256_of, write_bytes
+from lcexport.engines.files import sha256_of, write_bytes
 from lcexport.golden import make_golden, read_golden, run_branch
 from lcexport.graph import GraphSpec, onnx_from_dit, prove_precision, save_graph
 
-# Component -> its configuration, and whether it has weights.
-COMPONENT_FILES = {
-    "text_encoder": ("config.json", True),
-    "tokenizer": ("tokenizer_config.json", False),
-    "vae": ("config.json", True),
-    "scheduler": ("scheduler_config.json", False),
-}
 BULK = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Progress = Callable[[int, int], None]
 
@@ -75,47 +78,43 @@ def weights_stage(
 
 def components_stage(checkpoint: Checkpoint, folder: Path) -> StageOutput:
     """Text encoder, tokenizer, VAE and scheduler, copied and digested in one pass."""
-    files: dict[str, FileRecord] = {}
-    for component, source in checkpoint.components.items():
-        for path in sorted(source.rglob("*")):
-            relative = Path(component) / path.relative_to(source)
-            if path.is_symlink() and not path.exists():
-                raise InputError(f"{path} is a link to nothing", do="Complete the download.")
-            if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-                files[relative.as_posix()] = copy_hashed(path, folder / relative)
+    files = {
+        f"{component}/{name}": record
+        for component, source in checkpoint.components.items()
+        for name, record in copy_folder(source, folder / component).items()
+    }
     return StageOutput(files=files)
 
 
-def require_components(checkpoint: Checkpoint) -> None:
-    """A bundle that generates needs more than the DiT, and needs it whole.
+def open_source(options: BuildOptions) -> Checkpoint:
+    """What the build starts from: the checkpoint, or with `add` the bundle and nothing else.
+
+    A bundle holds a checkpoint of native names. Its own weights are what an added graph refers to
+    and what its golden outputs are computed with, so no other checkpoint is asked for.
 
     Raises:
-        InputError: a component is missing, has no configuration or no weights, or a weight file
-            is damaged; names it.
+        InputError: no checkpoint there, or its tensors are not its configuration's.
+        IntegrityError: with `add`, no bundle there, or a damaged one.
     """
-    missing = [name for name in COMPONENTS if name not in checkpoint.components]
-    if missing:
-        raise InputError(
-            f"the checkpoint {checkpoint.folder} has no {', '.join(missing)}",
-            wanted=f"folders {', '.join(COMPONENTS)} beside the DiT",
-            do="Complete the download, or export the DiT alone with --only export.",
-        )
-    for source in checkpoint.components.values():
-        for path in source.rglob("*"):
-            if path.is_symlink() and not path.exists():
-                raise InputError(f"{path} is a link to nothing", do="Download it again.")
-    for component, (config, weighty) in COMPONENT_FILES.items():
-        folder = checkpoint.components[component]
-        weights = sorted(folder.glob("*.safetensors"))
-        wanted = config if (folder / config).is_file() else None
-        if wanted is None or (weighty and not weights):
-            raise InputError(
-                f"{folder} is incomplete",
-                wanted=config if wanted is None else "weights in a .safetensors file",
-                do="Download it again.",
-            )
-        for path in weights:
-            read_header(path)
+    checkpoint = open_added(options.output) if options.add else open_checkpoint(options.model)
+    check_tensors(checkpoint)
+    return checkpoint
+
+
+def open_added(folder: Path) -> Checkpoint:
+    """The weights, configuration and components of a bundle, as a checkpoint."""
+    bundle = open_bundle(folder)
+    config, weights = bundle.path(DIT_CONFIG), bundle.path(WEIGHTS)
+    return Checkpoint(
+        folder=folder,
+        layout="fastvideo",
+        naming="native",
+        config=DiTConfig.from_json(config),
+        dit_folder=config.parent,
+        files=[weights],
+        tensors=read_header(weights).tensors,
+        components={name: folder / name for name in COMPONENTS if (folder / name).is_dir()},
+    )
 
 
 def graph_stage(preset: Preset, options: BuildOptions, folder: Path) -> StageOutput:
@@ -139,6 +138,7 @@ def graph_stage(preset: Preset, options: BuildOptions, folder: Path) -> StageOut
         inputs=tuple(tensor_record(value) for value in saved.graph.inputs),
         outputs=tuple(tensor_record(value) for value in saved.graph.outputs),
         precision_proof=proof,
+        added=added_record(options) if options.add else None,
     )
     files = {path.name: file_record(path)}
     return StageOutput(files=files, facts={"graph": record.model_dump(mode="json")})
@@ -201,20 +201,20 @@ def weights_in(folder: Path) -> dict[str, TensorInfo]:
     return read_header(folder / WEIGHTS).tensors
 
 
-def copy_hashed(source: Path, target: Path) -> FileRecord:
-    """Copy a file, following links, and digest it on the way."""
-    digest, size = hashlib.sha256(), 0
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        reader = source.open("rb")
-    except OSError as error:
-        raise InputError(f"{source} cannot be read: {error.strerror}") from error
-    with reader, new_file(target) as writer:
-        while chunk := reader.read(CHUNK_BYTES):
-            digest.update(chunk)
-            size += writer.write(chunk)
-    shutil.copymode(source, target)
-    return FileRecord(bytes=size, sha256=digest.hexdigest())
+def added_record(options: BuildOptions) -> AddedRecord:
+    """Now, with these libraries and these options. The checkpoint was the bundle itself."""
+    effective = {key: value for key, value in options.effective().items() if key != "model"}
+    return AddedRecord(
+        created=now(),
+        versions=versions(options.backends),
+        device=options.device,
+        effective=effective,
+    )
+
+
+def now() -> str:
+    """UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def file_record(path: Path) -> FileRecord:

@@ -5,6 +5,7 @@ names       the one table of tensor names, original and native
 shards      one file, or shards and their index
 layout      which folder layout, configuration and naming; `open_checkpoint`
 checks      tensors found against tensors the configuration calls for
+components  text encoder, tokenizer, VAE and scheduler, as their loaders will read them
 reading     byte ranges to chunks or tensors
 scan        digests, NaN and infinity
 targets     what a written file holds: splits, joins and casts
@@ -17,7 +18,9 @@ validate    one report on everything
 
 from lcexport.checkpoint.checks import check_tensors, problems
 from lcexport.checkpoint.compare import check_same
+from lcexport.checkpoint.components import check_components
 from lcexport.checkpoint.convert import ConvertReport, convert
+from lcexport.checkpoint.folders import copy_folder
 from lcexport.checkpoint.header import Header, TensorInfo, read_header
 from lcexport.checkpoint.layout import Checkpoint, Layout, Piece, open_checkpoint
 from lcexport.checkpoint.names import Naming, expected_tensors, is_island
@@ -41,9 +44,11 @@ __all__ = [
     "TensorInfo",
     "ValidationReport",
     "WriteReport",
+    "check_components",
     "check_same",
     "check_tensors",
     "convert",
+    "copy_folder",
     "expected_tensors",
     "is_island",
     "open_checkpoint",

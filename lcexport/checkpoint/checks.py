@@ -1,6 +1,7 @@
 """Compare the tensors found with the tensors the configuration calls for."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcexport.checkpoint.header import TensorInfo
@@ -22,23 +23,23 @@ def check_tensors(checkpoint: "Checkpoint") -> None:
     Raises:
         InputError: what is missing, extra, wrongly shaped or of an unsupported dtype.
     """
-    errors = problems(checkpoint)
-    if len(errors) > 1:
+    if errors := problems(checkpoint):
         raise InputError(
-            "; ".join(errors),
-            do=f"`lcexport validate {checkpoint.folder}` lists everything.",
+            f"{checkpoint.dit_folder}: {'; '.join(errors)}",
+            do="Download these files and config.json again; "
+            f"`lcexport validate {checkpoint.folder}` lists everything.",
         )
-    if errors:
-        raise InputError(errors[0])
 
 
 def problems(checkpoint: "Checkpoint") -> list[str]:
     """All that is wrong with the names, shapes and dtypes; empty when nothing is."""
-    return tensor_problems(checkpoint.config, checkpoint.naming, checkpoint.tensors)
+    return tensor_problems(
+        checkpoint.dit_folder, checkpoint.config, checkpoint.naming, checkpoint.tensors
+    )
 
 
 def tensor_problems(
-    config: DiTConfig, naming: Naming, tensors: Mapping[str, TensorInfo]
+    folder: Path, config: DiTConfig, naming: Naming, tensors: Mapping[str, TensorInfo]
 ) -> list[str]:
     """`problems` for tensors that are not in a Checkpoint: one sentence per kind of problem."""
     found = []
@@ -50,26 +51,31 @@ def tensor_problems(
     comparable = config.model_copy(update={"depth": max(shared, 1)})
     expected = expected_tensors(comparable, naming)
     present = {name for name in tensors if depth_of([name]) <= comparable.depth}
-    found += _name_problems(set(expected), present)
-    found += _shape_problems(expected, tensors)
-    return found + _dtype_problems(tensors)
+    found += missing_problems(folder, set(expected) - present)
+    found += _extra_problems(tensors[name] for name in present - set(expected))
+    found += shape_problems(expected, tensors)
+    return found + dtype_problems(tensors)
 
 
-def _name_problems(expected: set[str], present: set[str]) -> list[str]:
-    missing, extra = expected - present, present - expected
-    found = []
-    if missing:
-        found.append(f"{_tensors(len(missing))} missing: {some(missing)}")
-    if extra:
-        found.append(f"{_tensors(len(extra))} not LongCat-Video's: {some(extra)}")
-    return found
+def missing_problems(folder: Path, missing: set[str]) -> list[str]:
+    """At most one sentence on names that no file of `folder` holds."""
+    if not missing:
+        return []
+    return [f"{_tensors(len(missing))} missing: {some(missing)}, in no file of {folder.name}/"]
 
 
-def _shape_problems(
+def _extra_problems(extra: Iterable[TensorInfo]) -> list[str]:
+    found = [f"{info.name} (in {info.path.name})" for info in extra]
+    return [f"{_tensors(len(found))} not LongCat-Video's: {some(found)}"] if found else []
+
+
+def shape_problems(
     expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]
 ) -> list[str]:
+    """At most one sentence on tensors of another shape than expected."""
     wrong = [
-        f"{name} (got {list(tensors[name].shape)}, wanted {list(shape)})"
+        f"{name} (in {tensors[name].path.name}: got {list(tensors[name].shape)}, "
+        f"wanted {list(shape)})"
         for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]
@@ -78,8 +84,13 @@ def _shape_problems(
     return [f"{CONTRADICTION}: {_tensors(len(wrong))} of another shape: {some(wrong)}"]
 
 
-def _dtype_problems(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    wrong = [f"{t.name} ({t.dtype})" for t in tensors.values() if t.dtype not in WEIGHT_DTYPES]
+def dtype_problems(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """At most one sentence on tensors of a dtype that is not read."""
+    wrong = [
+        f"{info.name} ({info.dtype}, in {info.path.name})"
+        for info in tensors.values()
+        if info.dtype not in WEIGHT_DTYPES
+    ]
     if not wrong:
         return []
     wanted = ", ".join(WEIGHT_DTYPES)

@@ -4,17 +4,14 @@ The new folder is written beside its destination under a temporary name and rena
 the destination is complete or was never touched.
 """
 
-import os
-import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from lcexport.checkpoint.checks import check_tensors
 from lcexport.checkpoint.compare import check_same
+from lcexport.checkpoint.components import check_components
 from lcexport.checkpoint.folders import (
     copy_folder,
     folder_bytes,
@@ -28,7 +25,8 @@ from lcexport.checkpoint.scan import Progress
 from lcexport.checkpoint.stream import WriteReport, write_native, write_original
 from lcexport.checkpoint.targets import Islands, check_choice
 from lcexport.configs.errors import ResourceError, UsageError
-from lcexport.engines.files import resource_errors, sync_folder
+from lcexport.engines.bundle import FileRecord
+from lcexport.engines.folders import check_free, new_folder
 
 DIT_FOLDER: dict[Naming, str] = {"original": "dit", "native": "transformer"}
 WEIGHTS_FILE: dict[Naming, str] = {
@@ -50,6 +48,22 @@ class ConvertReport:
     copied_bytes: int
     checked: int
 
+    def as_dict(self) -> dict[str, object]:
+        """The report without the tensors' places."""
+        weights = self.weights
+        return {
+            "destination": str(self.destination),
+            "layout": self.layout,
+            "naming": self.naming,
+            "weights": {
+                "file": str(weights.path), "bytes": weights.bytes, "sha256": weights.sha256,
+                "tensors": weights.count, "source_tensors_sha256": weights.tensors_sha256,
+            },
+            "components": self.copied,
+            "components_bytes": self.copied_bytes,
+            "tensors_checked": self.checked,
+        }  # fmt: skip
+
 
 def convert(
     source: str | Path,
@@ -64,7 +78,7 @@ def convert(
     """Convert a checkpoint folder of any layout.
 
     A bare DiT folder becomes a bare DiT folder; any other becomes a whole one, with whichever of
-    text_encoder, tokenizer, vae, scheduler and lora are there copied as they are.
+    text_encoder, tokenizer, vae, scheduler and lora are there checked and copied as they are.
 
     Args:
         source: the checkpoint's folder.
@@ -84,7 +98,7 @@ def convert(
     """
     destination = Path(destination).absolute()
     checkpoint = _checked_source(Path(source), destination, to, dtype, islands)
-    with _replacing(destination) as folder:
+    with new_folder(destination) as folder:
         dit_folder = folder / DIT_FOLDER[to] if checkpoint.layout != "dit" else folder
         copied = _copy_components(checkpoint, folder)
         weights = _write_dit(checkpoint, dit_folder, to, dtype, islands, on_progress)
@@ -98,9 +112,8 @@ def convert(
                 checkpoint, written, bulk=dtype, islands=islands, on_progress=on_progress
             )
     final = destination / weights.path.relative_to(folder)
-    return ConvertReport(
-        destination, layout, to, weights.moved(final), list(copied), sum(copied.values()), checked
-    )
+    size = sum(record.bytes for records in copied.values() for record in records.values())
+    return ConvertReport(destination, layout, to, weights.moved(final), list(copied), size, checked)
 
 
 def _checked_source(
@@ -113,9 +126,10 @@ def _checked_source(
             wanted="to native or original, dtype keep or bf16",
         )  # fmt: skip
     check_choice(dtype, islands)
-    _check_free(destination)
+    check_free(destination)
     checkpoint = open_checkpoint(source)
     check_tensors(checkpoint)
+    check_components(checkpoint)
     if destination.resolve().is_relative_to(source.resolve()):
         raise UsageError("the destination is inside the checkpoint", got=destination)
     return checkpoint
@@ -145,8 +159,8 @@ def _write_dit(
     )  # fmt: skip
 
 
-def _copy_components(checkpoint: Checkpoint, folder: Path) -> dict[str, int]:
-    """Copy the folders beside the DiT; name -> bytes."""
+def _copy_components(checkpoint: Checkpoint, folder: Path) -> dict[str, dict[str, FileRecord]]:
+    """Copy the folders beside the DiT; name -> what was copied."""
     sources = dict(checkpoint.components)
     if checkpoint.layout != "dit" and (checkpoint.folder / LORA).is_dir():
         sources[LORA] = checkpoint.folder / LORA
@@ -158,37 +172,3 @@ def _copy_components(checkpoint: Checkpoint, folder: Path) -> dict[str, int]:
             do="Free some space or choose another disk.",
         )  # fmt: skip
     return {name: copy_folder(path, folder / name) for name, path in sources.items()}
-
-
-def _check_free(destination: Path) -> None:
-    """The destination is new or an empty folder, and its parent is there."""
-    if destination.is_dir() and not any(destination.iterdir()):
-        return
-    if destination.exists() or destination.is_symlink():
-        raise ResourceError(
-            "will not overwrite", got=f"an existing {destination}",
-            do="Name another folder, or move it away first.",
-        )  # fmt: skip
-    if not destination.parent.is_dir():
-        raise ResourceError(
-            f"the folder {destination.parent} does not exist", do="Create it first."
-        )
-
-
-@contextmanager
-def _replacing(destination: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `destination` when the block ends well, and else vanishes."""
-    # a random name: a killed process of the same id must not be in the way
-    temporary = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.partial")
-    with resource_errors(destination):
-        temporary.mkdir()
-        try:
-            yield temporary
-            for folder, _, _ in os.walk(temporary):
-                sync_folder(Path(folder))
-            _check_free(destination)
-            temporary.rename(destination)  # onto an empty folder too; onto a full one it fails
-            sync_folder(destination.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise

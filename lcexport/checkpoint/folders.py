@@ -1,16 +1,22 @@
 """What stands around the weights in a checkpoint folder: configurations and copied components."""
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lcexport.checkpoint.header import strict_json
+from lcexport.checkpoint.header import read_header, strict_json
+from lcexport.checkpoint.layout import whole
 from lcexport.checkpoint.names import Naming
+from lcexport.checkpoint.reading import TORCH_DTYPES, read_chunks
+from lcexport.checkpoint.scan import check_finite
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import InputError
-from lcexport.engines.files import resource_errors, sync_folder, write_bytes
+from lcexport.engines.bundle import FileRecord
+from lcexport.engines.files import CHUNK_BYTES, new_file, resource_errors, write_bytes
 
 CLASS_NAMES: dict[Naming, str] = {
     "original": "LongCatVideoTransformer3DModel",
@@ -66,46 +72,75 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def copy_folder(source: Path, target: Path) -> int:
-    """Copy a folder's files; links are followed, since a download cache is made of links.
+def copy_folder(source: Path, target: Path) -> dict[str, FileRecord]:
+    """Copy a component's files, digest them and look for NaN in its weights, all in one pass.
+
+    Links are followed, since a download cache is made of links; hidden files are left behind.
 
     Returns:
-        the bytes copied.
+        size and digest by path relative to `target`.
 
     Raises:
-        InputError: something in the source cannot be read or is not a file.
+        InputError: something cannot be read, or a weight is NaN or infinite.
         ResourceError: the disk is full.
     """
-    copied = 0
-    for folder, _, names in os.walk(source, followlinks=True, onerror=_unreadable):
-        into = target / Path(folder).relative_to(source)
-        with resource_errors(into):
-            into.mkdir()
-        for name in sorted(names):
-            copied += _copy_file(Path(folder) / name, into / name)
-        sync_folder(into)
-    return copied
+    records = {}
+    for path in component_files(source):
+        name = path.relative_to(source)
+        with resource_errors(target):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        records[name.as_posix()] = _copy_file(path, target / name)
+    return records
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below, links followed; what cannot be seen counts nothing."""
-    paths = (Path(top) / name for top, _, names in os.walk(folder, followlinks=True)
-             for name in names)  # fmt: skip
-    return sum(path.stat().st_size for path in paths if path.is_file())
+    """Bytes of all files below that `copy_folder` copies."""
+    return sum(path.stat().st_size for path in component_files(folder))
 
 
-def _copy_file(source: Path, target: Path) -> int:
-    if not source.is_file():  # a broken link, a socket
-        raise InputError(f"{source} cannot be copied: it is no file", do="Download it again.")
+def component_files(folder: Path) -> list[Path]:
+    """Every file below, links followed; hidden ones are a download's own notes and left out.
+
+    Raises:
+        InputError: a link leads nowhere, or something is neither file nor folder.
+    """
+    files = []
+    for top, folders, names in os.walk(folder, followlinks=True, onerror=_unreadable):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in sorted(Path(top) / name for name in names if not name.startswith(".")):
+            if path.is_symlink() and not path.exists():
+                raise InputError(f"{path} is a link to nothing", do="Download it again.")
+            if not path.is_file():  # a socket, a pipe
+                raise InputError(f"{path} cannot be copied: it is no file", do="Remove it.")
+            files.append(path)
+    return files
+
+
+def _copy_file(source: Path, target: Path) -> FileRecord:
+    digest, size = hashlib.sha256(), 0
+    with new_file(target) as writer:
+        for data in _content(source):
+            digest.update(data)
+            size += writer.write(data)
+    shutil.copymode(source, target)
+    return FileRecord(bytes=size, sha256=digest.hexdigest())
+
+
+def _content(path: Path) -> Iterator[bytes | memoryview]:
+    """A file's bytes in order, each valid until the next; weights are looked at on the way."""
+    weights = read_header(path) if path.suffix == ".safetensors" else None
     try:
-        reader = source.open("rb")
+        with path.open("rb") as file:
+            yield file.read(weights.data_start if weights else CHUNK_BYTES)
+            while not weights and (data := file.read(CHUNK_BYTES)):
+                yield data
     except OSError as error:
-        raise InputError(f"{source} cannot be read: {error.strerror}") from error
-    with reader, resource_errors(target), target.open("xb") as writer:
-        shutil.copyfileobj(reader, writer, 8 << 20)
-        writer.flush()
-        os.fsync(writer.fileno())
-        return writer.tell()
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    # The header was checked: the tensors tile the rest of the file without a gap.
+    for chunk in read_chunks(map(whole, weights.tensors.values() if weights else ())):
+        if len(chunk.data) and chunk.source.dtype in TORCH_DTYPES:
+            check_finite(chunk, TORCH_DTYPES[chunk.source.dtype])
+        yield chunk.data
 
 
 def _unreadable(error: OSError) -> None:

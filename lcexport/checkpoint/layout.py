@@ -6,8 +6,11 @@ weights). Each may hold one file or shards with an index, under original or nati
 headers are read here; no weight is.
 """
 
+import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +20,12 @@ from lcexport.checkpoint.names import Naming, name_pairs, naming_of
 from lcexport.checkpoint.shards import Weights, read_weights
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import InputError
+from lcexport.engines.bundle import COMPONENTS
+
+log = logging.getLogger(__name__)
 
 Layout = Literal["released", "fastvideo", "dit"]
 
-COMPONENTS = ("text_encoder", "tokenizer", "vae", "scheduler")
 DIT_FOLDERS: dict[Layout, str] = {"released": "dit", "fastvideo": "transformer"}
 HOW_TO_GET_ONE = (
     "Get the released one with `hf download meituan-longcat/LongCat-Video --local-dir "
@@ -76,7 +81,10 @@ class Checkpoint:
 
 @dataclass
 class Survey:
-    """What a folder holds, whether or not it is a sound checkpoint: `errors` says what is not."""
+    """What a folder holds, whether or not it is a sound checkpoint: `errors` says what is not.
+
+    `warnings` are what may be a mistake and may be meant.
+    """
 
     folder: Path
     layout: Layout
@@ -86,6 +94,7 @@ class Survey:
     config: DiTConfig | None = None
     naming: Naming | None = None
     errors: list[InputError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def whole(info: TensorInfo) -> Piece:
@@ -103,6 +112,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     found = survey(folder)
     if found.errors:
         raise found.errors[0]
+    for warning in found.warnings:
+        log.warning(warning)
     assert found.config is not None
     assert found.naming is not None
     return Checkpoint(
@@ -130,6 +141,7 @@ def survey(folder: str | Path) -> Survey:
     found = Survey(folder, layout, dit_folder, components)
     try:
         found.config = _read_config(dit_folder / "config.json")
+        found.warnings += misspelt_keys(dit_folder / "config.json")
     except InputError as error:
         found.errors.append(error)
     found.weights = read_weights(dit_folder, found.errors)
@@ -163,6 +175,19 @@ def _read_config(path: Path) -> DiTConfig:
         return DiTConfig.from_json(path)
     except (OSError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def misspelt_keys(path: Path) -> list[str]:
+    """One sentence for each key of a readable `config.json` that is nearly, but not, one of ours.
+
+    Other unknown keys are the attention kernels' or another library's, and play no part.
+    """
+    known = DiTConfig.keys()
+    found = []
+    for key in json.loads(path.read_bytes()):
+        if key not in known and (near := get_close_matches(key.lower(), known, n=1, cutoff=0.85)):
+            found.append(f"{path}: the key {key!r} is not read; is {near[0]!r} meant?")
+    return found
 
 
 def _foreign(dit_folder: Path, tensors: Mapping[str, TensorInfo]) -> InputError:

@@ -24,29 +24,37 @@ class Weights:
     total_size: int | None = None
 
 
-def read_weights(folder: Path, errors: list[InputError]) -> Weights:
-    """Read the headers of a folder's weights; what is wrong is appended to `errors`."""
+def read_weights(folder: Path, errors: list[InputError], stem: str | None = None) -> Weights:
+    """Read the headers of a folder's weights; what is wrong is appended to `errors`.
+
+    `stem` is the only file name to look for, without its ending; None takes what is there.
+    """
     try:
-        index = _choose(folder, INDEX_ENDING)
-        single = None if index else _choose(folder, ".safetensors")
+        index = _choose(folder, INDEX_ENDING, stem)
+        single = None if index else _choose(folder, ".safetensors", stem)
     except InputError as error:
         errors.append(error)
         return Weights()
     if index:
         return _read_sharded(folder, index, errors)
     if single is None:
-        errors.append(InputError(f"{folder} holds no weights", wanted="a .safetensors file"))
+        wanted = (
+            f"{stem}.safetensors, or shards with their index" if stem else "a .safetensors file"
+        )
+        errors.append(InputError(f"{folder} holds no weights", wanted=wanted, do=DOWNLOAD_SHARD))
         return Weights()
     weights = Weights([single])
     _add_file(weights, single, errors)
     return weights
 
 
-def _choose(folder: Path, ending: str) -> Path | None:
+def _choose(folder: Path, ending: str, only: str | None) -> Path | None:
     """The file with this ending: a usual name if there is one, or the only one."""
-    for stem in PREFERRED:
+    for stem in (only,) if only else PREFERRED:
         if (folder / (stem + ending)).is_file():
             return folder / (stem + ending)
+    if only:
+        return None
     # Python's glob shows dot files too: an unfinished download is not a set of weights
     found = sorted(p for p in folder.glob(f"*{ending}") if not p.name.startswith("."))
     if len(found) > 1:

@@ -1,19 +1,21 @@
 """Everything there is to say about a checkpoint folder, sound or not, in one report."""
 
-import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lcexport.checkpoint.checks import tensor_problems
+from lcexport.checkpoint.components import component_errors, component_weights
 from lcexport.checkpoint.header import TensorInfo
-from lcexport.checkpoint.layout import COMPONENTS, Layout, Survey, survey
+from lcexport.checkpoint.layout import Layout, Survey, survey
 from lcexport.checkpoint.names import Naming, expected_tensors
 from lcexport.checkpoint.scan import Progress, ScanReport, scan_tensors
 from lcexport.checkpoint.shards import some
 from lcexport.configs.errors import InputError
+from lcexport.engines.bundle import COMPONENTS
 
+DIT = "DiT"
 MAX_DEPTH = 10_000  # beyond it the configuration is nonsense and its tensors are not enumerated
 
 
@@ -29,8 +31,9 @@ class DtypeSummary:
 class ValidationReport:
     """The state of a checkpoint. `ok` is: no problems. Missing components are not a problem.
 
-    `nonfinite` lists the tensors with NaN or infinity, None when the weights were not scanned.
-    `shards` maps file names to bytes. `tensors_sha256` is as in a WriteReport, None unscanned.
+    `warnings` do not make it unsound. `nonfinite` lists the tensors with NaN or infinity, those of
+    a component as `vae/NAME`; None when the weights were not scanned. Counts, bytes, `shards` (file
+    name -> bytes) and `tensors_sha256` (as in a WriteReport, None unscanned) are the DiT's.
     """
 
     folder: str
@@ -38,6 +41,7 @@ class ValidationReport:
     naming: Naming | None
     ok: bool
     problems: list[str]
+    warnings: list[str]
     tensors_present: int
     tensors_expected: int | None
     parameters: int
@@ -49,9 +53,8 @@ class ValidationReport:
     nonfinite: list[str] | None
     tensors_sha256: str | None
 
-    def to_json(self) -> str:
-        """The report as a JSON document."""
-        return json.dumps(asdict(self), indent=2)
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
 
 
 def validate(
@@ -61,7 +64,7 @@ def validate(
 
     Args:
         folder: the checkpoint, of any layout.
-        scan: also read every weight, for NaN, infinity and unreadable places.
+        scan: also read every weight, the components' too, for NaN, infinity and unreadable places.
         on_progress: called with bytes scanned and in total.
 
     Raises:
@@ -72,7 +75,8 @@ def validate(
     problems = [str(error) for error in found.errors] + _size_problems(found)
     # with a shard unread, every tensor of it would look like a contradiction of the configuration
     if found.config and found.naming and not found.errors:
-        problems += tensor_problems(found.config, found.naming, tensors)
+        problems += tensor_problems(found.dit_folder, found.config, found.naming, tensors)
+    problems += map(str, component_errors(found.components, found.config))
     scanned = _scan(found, problems, on_progress) if scan else None
     missing = [name for name in COMPONENTS if name not in found.components]
     return ValidationReport(
@@ -81,6 +85,7 @@ def validate(
         naming=found.naming,
         ok=not problems,
         problems=problems,
+        warnings=found.warnings,
         tensors_present=len(tensors),
         tensors_expected=_expected_count(found),
         parameters=sum(info.count for info in tensors.values()),
@@ -89,22 +94,50 @@ def validate(
         shards={path.name: path.stat().st_size for path in found.weights.files if path.is_file()},
         components_present=list(found.components),
         components_missing=missing if found.layout != "dit" else [],
-        nonfinite=scanned.nonfinite if scanned else None,
-        tensors_sha256=scanned.tensors_sha256 if scanned else None,
+        nonfinite=_nonfinite(scanned) if scanned else None,
+        tensors_sha256=scanned[DIT].tensors_sha256 if scanned else None,
     )
 
 
-def _scan(found: Survey, problems: list[str], on_progress: Progress | None) -> ScanReport | None:
-    try:
-        report = scan_tensors(found.weights.tensors.values(), on_progress=on_progress)
-    except InputError as error:
-        problems.append(str(error))
-        return None
-    if report.nonfinite:
-        problems.append(
-            f"NaN or infinity in {len(report.nonfinite)} of the tensors: {some(report.nonfinite)}"
-        )
-    return report
+def _scan(
+    found: Survey, problems: list[str], on_progress: Progress | None
+) -> dict[str, ScanReport] | None:
+    """A report for the DiT and each component that has weights; None where one is unreadable."""
+    sets = {DIT: found.weights.tensors}
+    for name, folder in found.components.items():
+        sets[name] = component_weights(name, folder, []).tensors  # errors were reported already
+    total, before = sum(info.bytes for tensors in sets.values() for info in tensors.values()), 0
+    reports = {}
+    for name, tensors in sets.items():
+
+        def report(done: int, _: int, before: int = before) -> None:
+            if on_progress:
+                on_progress(before + done, total)
+
+        try:
+            reports[name] = scan_tensors(tensors.values(), on_progress=report)
+        except InputError as error:
+            problems.append(str(error))
+            return None
+        before += sum(info.bytes for info in tensors.values())
+        if bad := reports[name].nonfinite:
+            problems.append(
+                f"NaN or infinity in {len(bad)} of the {name}'s tensors: {_placed(bad, tensors)}. "
+                "Download these files again."
+            )
+    return reports
+
+
+def _placed(names: list[str], tensors: Mapping[str, TensorInfo]) -> str:
+    return some([f"{name} (in {tensors[name].path.name})" for name in names])
+
+
+def _nonfinite(scanned: Mapping[str, ScanReport]) -> list[str]:
+    return [
+        name if part == DIT else f"{part}/{name}"
+        for part, report in scanned.items()
+        for name in report.nonfinite
+    ]
 
 
 def _size_problems(found: Survey) -> list[str]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lcexport.cli.app import DeviceOption, IslandsOption, JsonOption, app, progress_bars
+from lcexport.configs.errors import UsageError
 
 if TYPE_CHECKING:
     from lcexport.builder import BuildOptions
@@ -87,6 +88,11 @@ def build(
     from lcexport.builder import options_from
     from lcexport.show import show_built, show_json
 
+    if add and model:
+        raise UsageError(
+            "--add takes its weights from the bundle", got=f"--model {model}",
+            do="Leave --model out.",
+        )  # fmt: skip
     options = options_from(
         model=model, res=res, output=output, precision=precision, islands=islands,
         backends=backend, batch=batch, device=device, only=only, weights=weights,
@@ -132,13 +138,10 @@ def plan(
 
 def show_the_plan(options: "BuildOptions", as_json: bool) -> None:
     """Print the plan, then refuse if disk or memory will not do."""
-    from lcexport.builder import make_plan, refuse_shortage
-    from lcexport.checkpoint import check_tensors, open_checkpoint
+    from lcexport.builder import make_plan, open_source, refuse_shortage
     from lcexport.show import show_json, show_plan
 
-    checkpoint = open_checkpoint(options.model)
-    check_tensors(checkpoint)
-    made = make_plan(checkpoint, options)
+    made = make_plan(open_source(options), options)
     if as_json:
         show_json(made.as_dict())
     else:

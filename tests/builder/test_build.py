@@ -91,7 +91,9 @@ def test_an_added_resolution_adds_a_graph_and_its_golden_data_only(
     folder = shutil.copytree(demo_bundle, tmp_path / "bundle")
     before, weights = digests(folder), (folder / WEIGHTS).stat()
     preset = preset_from("64x64x5")
-    options = demo_options.model_copy(update={"output": folder, "presets": (preset,), "add": True})
+    nowhere = tmp_path / "no checkpoint is needed"
+    changes = {"output": folder, "presets": (preset,), "add": True, "model": nowhere}
+    options = demo_options.model_copy(update=changes)
     bundle = build(options)
     after = digests(folder)
     assert set(after) - set(before) == {"dit.64x64x5.onnx", "golden/64x64x5.safetensors"}
@@ -99,6 +101,16 @@ def test_an_added_resolution_adds_a_graph_and_its_golden_data_only(
     now = (folder / WEIGHTS).stat()
     assert (now.st_ino, now.st_mtime_ns) == (weights.st_ino, weights.st_mtime_ns)
     assert list(bundle.manifest.graphs) == [SIZE, "64x64x5"]
+    added = bundle.graph("64x64x5").added
+    assert bundle.graph(SIZE).added is None
+    assert added
+    assert added.versions == bundle.manifest.versions
+    assert added.effective["presets"] != bundle.manifest.effective["presets"]
+    assert "model" not in added.effective
+    assert added.device == "cpu"
+    golden = read_golden(bundle, "64x64x5")
+    with open_engine("eager", bundle, "64x64x5") as engine:  # of the bundle's own weights
+        assert torch.equal(run_branch(engine, golden, "cond"), golden["velocity_cond"])
     open_bundle(folder, every_hash=True)
     with pytest.raises(UsageError, match="has 64x64x5 already"):
         build(options)
@@ -149,6 +161,25 @@ def test_an_addition_whose_proof_fails_leaves_not_even_its_graph(
     with pytest.raises(BuildError, match="an island"):
         build(demo_options.model_copy(update=added))
     assert digests(folder) == before
+
+
+def test_nan_in_a_component_stops_the_build_and_mended_it_is_resumed(
+    demo_options, checkpoint, place
+):
+    path = checkpoint / "vae/diffusion_pytorch_model.safetensors"
+    sound = path.read_bytes()
+    tensors = load_file(path)
+    tensors["decoder.conv_in.bias"][0] = torch.nan
+    path.unlink()
+    save_file(tensors, path)
+    changes = {"model": checkpoint, "output": place / "out", "only": "export"}
+    options = demo_options.model_copy(update=changes)
+    with pytest.raises(InputError, match=r"decoder\.conv_in\.bias' holds NaN"):
+        build(options)
+    assert [found.name for found in place.iterdir()] == ["out.building"]
+    path.write_bytes(sound)
+    build(options.model_copy(update={"resume": True}))
+    assert [found.name for found in place.iterdir()] == ["out"]
 
 
 def test_adding_to_nothing(demo_options, place):
@@ -252,8 +283,8 @@ def missing_component(folder: Path) -> None:
         (missing_shard, "00002-of-00002"),
         (truncated_shard, "00002-of-00002"),
         (header_bomb, "00002-of-00002"),
-        (wrong_dtype, r"final_layer\.linear\.bias \(F64\)"),
-        (wrong_shape, r"final_layer\.linear\.bias \(got \[3\], wanted \[64\]\)"),
+        (wrong_dtype, r"final_layer\.linear\.bias \(F64, in .*00002-of-00002.*Download"),
+        (wrong_shape, r"\(in .*00002-of-00002.*: got \[3\], wanted \[64\]\).*Download"),
         (extra_key, "surprise"),
         (missing_key, r"missing: final_layer\.linear\.bias"),
         (nan_weight, r"final_layer\.(linear|proj)\.bias"),
@@ -284,10 +315,11 @@ def test_a_component_that_links_to_nothing_is_not_left_out(demo_options, checkpo
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("vae/diffusion_pytorch_model.safetensors", "is incomplete"),
-        ("text_encoder/model.safetensors", "is incomplete"),
-        ("scheduler/scheduler_config.json", "scheduler_config.json"),
-        ("tokenizer/tokenizer_config.json", "tokenizer_config.json"),
+        ("vae/diffusion_pytorch_model.safetensors", "holds no weights"),
+        ("text_encoder/model.safetensors", "holds no weights"),
+        ("scheduler/scheduler_config.json", "scheduler_config.json is missing"),
+        ("tokenizer/tokenizer.json", "no usable tokenizer"),
+        ("tokenizer/tokenizer_config.json", "tokenizer"),
     ],
 )
 def test_a_component_that_lacks_a_file(demo_options, checkpoint, place, name, match):

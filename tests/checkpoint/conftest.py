@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lcexport.engines.bundle import COMPONENTS
+
 Tensors = dict[str, torch.Tensor]
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
@@ -53,17 +55,20 @@ def make_dit(tmp_path: Path, dit_folder: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def released(tmp_path: Path, make_dit: Callable[..., Path], weights: Tensors) -> Path:
-    """A whole folder in the released layout, with small files for the other components."""
+def released(
+    tmp_path: Path, make_dit: Callable[..., Path], weights: Tensors, demo_checkpoint: Path
+) -> Path:
+    """A whole folder in the released layout: the golden DiT, the demo's other components."""
     folder = tmp_path / "released"
     make_dit(weights, shards=3, folder=folder / "dit")
-    for name in ("text_encoder", "tokenizer", "vae", "scheduler", "lora"):
-        (folder / name / "inner").mkdir(parents=True)
-        (folder / name / "file.json").write_text(f'{{"of": "{name}"}}')
-        (folder / name / "inner" / "data.bin").write_bytes(name.encode() * 100)
+    for name in COMPONENTS:
+        shutil.copytree(demo_checkpoint / name, folder / name)
+    (folder / "lora" / "inner").mkdir(parents=True)
+    (folder / "lora" / "file.json").write_text("{}")
+    (folder / "lora" / "inner" / "data.bin").write_bytes(b"lora" * 100)
     # a download cache keeps the files elsewhere and links to them
-    target = shutil.move(folder / "vae" / "file.json", tmp_path / "blob")
-    (folder / "vae" / "file.json").symlink_to(target)
+    target = shutil.move(folder / "vae" / "config.json", tmp_path / "blob")
+    (folder / "vae" / "config.json").symlink_to(target)
     return folder
 
 

@@ -92,6 +92,14 @@ def test_a_full_destination_is_left_alone(dit_folder: Path, tmp_path: Path) -> N
     assert files_below(tmp_path) == {"out/mine": b"mine"}
 
 
+def test_what_a_killed_conversion_left_is_swept(dit_folder: Path, tmp_path: Path) -> None:
+    left = tmp_path / ".out.0123abcd.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    convert(dit_folder, tmp_path / "out", to="native")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_missing_parent_folder_is_refused(dit_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="does not exist"):
         convert(dit_folder, tmp_path / "a" / "b", to="native")
@@ -112,7 +120,7 @@ def test_after_an_error_nothing_is_left(released: Path, weights: dict, kind: str
     elif kind == "missing shard":
         next((released / "dit").glob("*00003-of*")).unlink()
     else:
-        (released / "vae" / "file.json").resolve().unlink()
+        (released / "vae" / "config.json").resolve().unlink()
     before = {path.name for path in released.parent.iterdir()}
     with pytest.raises(InputError):
         convert(released, released.parent / "out", to="native")

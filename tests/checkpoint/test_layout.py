@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcexport.checkpoint import check_tensors, open_checkpoint, problems, read_tensor
+from lcexport.checkpoint import check_tensors, convert, open_checkpoint, problems, read_tensor
 from lcexport.configs.errors import InputError
 
 Make = Callable[..., Path]
@@ -137,6 +137,21 @@ def test_a_broken_or_missing_configuration_is_refused(make_dit: Make, weights: d
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match=r"config.json is missing"):
         open_checkpoint(folder)
+
+
+def test_a_misspelt_key_of_the_configuration_is_said(make_dit: Make, weights: dict, caplog) -> None:
+    extra = {"text_token_zero_pad": True, "Depth": 3, "_diffusers_version": "0", "enable_x": True}
+    open_checkpoint(make_dit(weights, config=extra))
+    found = [record.message for record in caplog.records if record.name.startswith("lcexport")]
+    assert len(found) == 2
+    assert "'text_token_zero_pad' is not read; is 'text_tokens_zero_pad' meant?" in found[0]
+    assert "'Depth' is not read; is 'depth' meant?" in found[1]
+
+
+def test_the_known_configurations_raise_no_warning(released: Path, tmp_path: Path, caplog) -> None:
+    convert(released, tmp_path / "native", to="native")
+    open_checkpoint(tmp_path / "native")
+    assert [record for record in caplog.records if record.name.startswith("lcexport")] == []
 
 
 def test_a_model_of_another_kind_is_refused(make_dit: Make) -> None:

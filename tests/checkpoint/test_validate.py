@@ -26,9 +26,7 @@ def test_a_sound_checkpoint_is_ok_and_summed_up(released: Path) -> None:
     assert report.nonfinite == []
     infos = open_checkpoint(released).tensors.values()
     assert report.tensors_sha256 == scan_tensors(infos).tensors_sha256
-    assert json.loads(report.to_json())["dtypes"] == {
-        "BF16": {"tensors": 77, "bytes": report.bytes}
-    }
+    assert report.as_dict()["dtypes"] == {"BF16": {"tensors": 77, "bytes": report.bytes}}
 
 
 def test_missing_components_are_listed_but_no_problem(released: Path) -> None:
@@ -54,8 +52,8 @@ def test_all_problems_are_listed_at_once(make_dit: Make, weights: dict) -> None:
         "missing: x_embedder.proj.bias",
         "not LongCat-Video's: extra",
         "of another shape: final_layer.linear.bias",
-        "unsupported dtype: y_embedder.y_proj.0.bias (F64)",
-        "NaN or infinity in 1 of the tensors: blocks.0.attn.proj.bias",
+        "unsupported dtype: y_embedder.y_proj.0.bias (F64, in diffusion_pytorch_model.safetensors)",
+        "NaN or infinity in 1 of the DiT's tensors: blocks.0.attn.proj.bias",
     ):
         assert wanted in text
     assert report.nonfinite == ["blocks.0.attn.proj.bias"]

@@ -105,10 +105,15 @@ def save_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`vae/` with the golden weights."""
+    """`vae/` with the golden weights, its configuration complete as a released one's."""
     folder = tmp_path_factory.mktemp("vae")
     (folder / "vae").mkdir()
-    shutil.copy(GOLDEN / "vae_tiny/config.json", folder / "vae/config.json")
+    config, meta = (
+        json.loads((GOLDEN / "vae_tiny" / name).read_text("utf-8"))
+        for name in ("config.json", "meta.json")
+    )
+    config |= {name: meta[name] for name in ("latents_mean", "latents_std")}
+    (folder / "vae/config.json").write_text(json.dumps(config))
     weights = folder / "vae/diffusion_pytorch_model.safetensors"
     shutil.copy(GOLDEN / "vae_tiny/vae.safetensors", weights)
     return folder

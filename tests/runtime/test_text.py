@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcexport.configs.errors import InputError, UsageError
+from lcexport.configs.errors import InputError, UsageError, VerificationError
 from lcexport.runtime.text import TextEncoder, clean_prompt
 
 
@@ -112,6 +112,26 @@ def test_missing_weights_are_not_made_up(tmp_path, text_folder):
     save_file({k: v for k, v in weights.items() if k != name}, path, {"format": "pt"})
     with pytest.raises(InputError, match=f"lacks weights.*{name}"):
         TextEncoder(tmp_path, text_tokens=12)
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"\0\xff"])
+def test_a_damaged_tokenizer_is_one_error(tmp_path, text_folder, content):
+    shutil.copytree(text_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer/tokenizer.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"no usable tokenizer in .*tokenizer; got .*Download"):
+        TextEncoder(tmp_path)
+
+
+def test_a_weight_of_nan_is_refused_where_it_shows(tmp_path, text_folder):
+    shutil.copytree(text_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "text_encoder/model.safetensors"
+    weights = load_file(path)
+    weights["encoder.final_layer_norm.weight"][0] = torch.nan
+    path.unlink()
+    save_file(weights, path, {"format": "pt"})
+    encoder = TextEncoder(tmp_path, text_tokens=12)
+    with pytest.raises(VerificationError, match="text encoder gave numbers that are not finite"):
+        encoder.encode(["a cat"])
 
 
 def test_the_fixture_is_the_golden_configuration(golden, text_folder):

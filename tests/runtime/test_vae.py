@@ -1,12 +1,13 @@
 """Normalisation and decoding against the original VAE."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcexport.configs.errors import InputError, UsageError
+from lcexport.configs.errors import InputError, UsageError, VerificationError
 from lcexport.runtime.vae import VideoDecoder, denormalize, normalize
 
 
@@ -65,8 +66,33 @@ def test_closing_twice_is_harmless(vae_folder):
         decoder.decode(torch.zeros(1, 16, 1, 4, 6))
 
 
+def test_frames_that_are_not_finite_are_refused(vae_folder):
+    decoder = VideoDecoder(vae_folder)
+    with pytest.raises(VerificationError, match=r"VAE left frames .* got 15360 of 15360 values"):
+        decoder.decode(torch.full((1, 16, 2, 4, 4), torch.nan))
+
+
+@pytest.mark.parametrize("key", ["latents_mean", "latents_std"])
+def test_the_librarys_own_constants_are_not_used_in_silence(tmp_path, vae_folder, key):
+    shutil.copytree(vae_folder / "vae", tmp_path / "vae")
+    path = tmp_path / "vae/config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+    with pytest.raises(InputError, match=rf"vae/config\.json: no usable {key}"):
+        VideoDecoder(tmp_path)
+
+
+def test_weights_of_another_shape_are_one_error(tmp_path, vae_folder):
+    shutil.copytree(vae_folder / "vae", tmp_path / "vae")
+    path = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(path) | {"decoder.conv_in.bias": torch.zeros(3)}
+    path.unlink()
+    save_file(weights, path)
+    with pytest.raises(InputError, match=r"no usable VAE in .*vae; got RuntimeError.*Download"):
+        VideoDecoder(tmp_path)
+
+
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"no usable VAE in .*vae"):
+    with pytest.raises(InputError, match=r"vae/config\.json is missing"):
         VideoDecoder(tmp_path)
 
 
