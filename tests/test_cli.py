@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,12 @@ def test_the_main_job_from_checkpoint_to_video(run, demo_checkpoint, tmp_path):
     )  # fmt: skip
     assert code == 0
     assert json.loads(out)["video"] == str(video)
+    assert json.loads(out)["schema_version"] == 1
+    code, out, _ = run("check", bundle, "--json")
+    assert code == 6  # float32 attention
+    document = json.loads(out)
+    assert (document["schema_version"], document["target"]) == (1, "tensorrt-11")
+    assert {row["rule"] for row in document["graphs"]["64x96x9"]} == {"attention"}
     assert video.read_bytes()[4:8] == b"ftyp"
     assert sheet.read_bytes().startswith(b"\x89PNG")
 
@@ -136,6 +143,7 @@ def test_plan_counts_tokens_and_writes_nothing(run, demo_checkpoint, tmp_path):
     )  # fmt: skip
     assert code == 0
     assert json.loads(out)["sizes"][0]["tokens"] == 37_440
+    assert json.loads(out)["schema_version"] == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,10 +160,14 @@ def test_validate_and_convert(run, demo_checkpoint, tmp_path):
     code, out, _ = run("validate", demo_checkpoint, "--json")
     assert code == 0
     assert json.loads(out)["tensors_present"] == 98
+    assert json.loads(out)["schema_version"] == 1
     code, out, _ = run("convert", demo_checkpoint, tmp_path / "native", "--check")
     assert code == 0
     assert "tensors equal" in out
     assert (tmp_path / "native" / "model_index.json").is_file()
+    code, out, _ = run("convert", demo_checkpoint, tmp_path / "again", "--json")
+    assert code == 0
+    assert json.loads(out)["layout"] == "fastvideo"
 
 
 def test_the_demo_checkpoint_says_what_comes_next(run, tmp_path):
@@ -192,10 +204,11 @@ BAD_BUILDS = [
     (["--res", "demo", "--precision", "fp8"], 2, "precision"),
     (["--res", "demo", "--islands", "original"], 2, "bf16"),
     (["--res", "demo,demo"], 2, "twice"),
-    (["--res", "demo", "--add", "--resume"], 2, "without --resume"),
     (["--res", "demo", "--resume"], 3, "nothing to resume"),
-    (["--res", "demo", "--add"], 8, "not a bundle"),
+    (["--res", "demo", "--add"], 2, "--add takes its weights from the bundle"),
     (["--res", "demo", "--batch", "0"], 2, "batch"),
+    (["--res", "demo", "--batch", "abc"], 2, "'--batch'"),
+    (["--res", "demo", "--backend", "eager", "--device", "meta"], 2, "unknown device"),
     (["--nonsense"], 2, "No such option"),
 ]
 
@@ -211,6 +224,36 @@ def test_a_bad_build_is_one_error_and_leaves_nothing(
     assert len(err.splitlines()) == 1
     assert out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_addition_needs_a_bundle_and_nothing_else(run, tmp_path):
+    words = ("build", "--res", "demo", "--add", "-o", tmp_path / "b")
+    code, _, err = run(*words)
+    assert code == 8
+    assert "not a bundle" in err
+    code, _, err = run(*words, "--resume")
+    assert code == 2
+    assert "without --resume" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_draws_one_bar(run, demo_bundle, monkeypatch):
+    drawn = []
+
+    @contextmanager
+    def bars():
+        yield lambda what, done, total: drawn.append((what, done, total))
+
+    monkeypatch.setattr("lcexport.cli.bundle.progress_bars", bars)
+    assert run("verify", demo_bundle)[0] == 0
+    assert {what for what, _, _ in drawn} == {"verifying"}
+    assert [done for _, done, _ in drawn] == sorted(done for _, done, _ in drawn)
+    assert all(done < total == 4 for _, done, total in drawn)
+
+
+def test_no_command_and_no_argument_are_said(run):
+    assert run()[2].splitlines()[-1] == "error: a command is missing. See `lcexport --help`."
+    assert "Missing option '--prompt'" in run("generate", "b", "--out", "x.mp4")[2]
 
 
 def test_frames_that_are_not_4k_plus_1_are_rounded_and_said(run, demo_checkpoint, caplog):
@@ -232,6 +275,8 @@ BAD_PROMPTS = [
     (["--prompt", "x", "--res", "480p"], 2, "not built for this resolution"),
     (["--prompt", "x", "--backend", "quantum"], 2, "unknown backend"),
     (["--prompt", "x", "--device", "cuda"], 5, "GPU"),
+    (["--prompt", "x", "--device", "meta", "--backend", "eager"], 2, "unknown device"),
+    (["--prompt", "x", "--contact-sheet", "x.jpg"], 2, "wanted something.png"),
 ]
 
 

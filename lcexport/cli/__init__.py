@@ -8,6 +8,7 @@ Results go to standard output, progress and logs to standard error. Exit codes: 
 
 import logging
 import sys
+from typing import Any
 
 import typer
 
@@ -19,6 +20,12 @@ INTERRUPTED = 130
 # The base of typer's own complaints about the command line. Not imported from click: recent
 # versions of typer carry a click of their own.
 COMMAND_LINE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def complaint(error: Any) -> str:
+    """What is wrong with the command line, and in which option."""
+    said = error.format_message() or "a command is missing"
+    return " ".join(said.split()).rstrip(".")
 
 
 def main() -> None:
@@ -34,7 +41,7 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
     except COMMAND_LINE_ERROR as error:
-        sys.stderr.write(f"error: {error} See `lcexport --help`.\n")
+        sys.stderr.write(f"error: {complaint(error)}. See `lcexport --help`.\n")
         sys.exit(UsageError.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted; an unfinished build continues with --resume\n")

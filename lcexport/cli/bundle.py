@@ -37,7 +37,10 @@ def verify(
 ) -> None:
     """Compare a bundle's files with its manifest, and its engines with eager torch."""
     from lcexport.show import show_json, show_verification
+    from lcexport.verify import levels_up_to
     from lcexport.verify import verify as run_verify
+
+    levels = levels_up_to(level)
 
     with progress_bars() as bar:
         report = run_verify(
@@ -46,7 +49,7 @@ def verify(
             backends=names(backend),
             resolutions=names(res),
             device=device,
-            on_check=lambda check: bar(f"{check.level}: {check.name}", 0, 1),
+            on_check=lambda row: bar("verifying", levels.index(row.level), len(levels)),
         )
     if as_json:
         show_json(report.as_dict())
@@ -79,7 +82,8 @@ def check(
         for name, graph in opened.manifest.graphs.items()
     }
     if as_json:
-        show_json({name: [asdict(violation) for violation in row] for name, row in found.items()})
+        graphs = {name: [asdict(violation) for violation in row] for name, row in found.items()}
+        show_json({"target": target, "graphs": graphs})
     else:
         show_violations(found, target)
     if count := sum(map(len, found.values())):

@@ -1,6 +1,5 @@
 """Commands on checkpoints: `validate`, `convert`, `demo-checkpoint`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,14 +17,14 @@ def validate(
 ) -> None:
     """Say everything that is wrong with a checkpoint, of any layout."""
     from lcexport.checkpoint import validate as run_validate
-    from lcexport.show import show_validation
+    from lcexport.show import show_json, show_validation
 
     with progress_bars() as bar:
         report = run_validate(
             checkpoint, scan=scan, on_progress=lambda done, total: bar("scanning", done, total)
         )
     if as_json:
-        sys.stdout.write(report.to_json() + "\n")
+        show_json(report.as_dict())
     else:
         show_validation(report)
     if not report.ok:
@@ -42,10 +41,11 @@ def convert(
     dtype: Annotated[str, typer.Option(help="`keep`, or `bf16` for the bulk.")] = "keep",
     islands: IslandsOption = "checkpoint",
     check: Annotated[bool, typer.Option("--check", help="Read both again and compare.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Convert a checkpoint between the released and FastVideo's names and folders."""
     from lcexport.checkpoint import convert as run_convert
-    from lcexport.show import show_conversion
+    from lcexport.show import show_conversion, show_json
 
     # `convert` checks these itself and says what it knows.
     choices: dict[str, Any] = {"to": to, "dtype": dtype, "islands": islands}
@@ -57,7 +57,10 @@ def convert(
             on_progress=lambda done, total: bar("converting", done, total),
             **choices,
         )
-    show_conversion(report)
+    if as_json:
+        show_json(report.as_dict())
+    else:
+        show_conversion(report)
 
 
 @app.command("demo-checkpoint")
@@ -66,8 +69,8 @@ def demo_checkpoint(
 ) -> None:
     """Write a small, complete, untrained checkpoint in the released layout."""
     from lcexport.demo import make_demo_checkpoint
-    from lcexport.show import out
+    from lcexport.show import show_text
 
     make_demo_checkpoint(folder)
-    out.print(f"A demo checkpoint is in {folder}. Next:")
-    out.print(f"  lcexport build --model {folder} --res demo", highlight=False)
+    show_text(f"A demo checkpoint is in {folder}. Next:")
+    show_text(f"  lcexport build --model {folder} --res demo")

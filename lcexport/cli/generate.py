@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lcexport.cli.app import BundleArgument, DeviceOption, JsonOption, app, progress_bars
-from lcexport.configs.errors import UsageError
 
 if TYPE_CHECKING:
     from lcexport.runtime import StepEvent
@@ -43,6 +42,7 @@ def generate(
     from lcexport.engines.bundle import read_manifest
     from lcexport.engines.files import refuse_existing
     from lcexport.runtime import load
+    from lcexport.runtime.video import check_suffix
     from lcexport.show import show_json, show_video
 
     manifest = read_manifest(bundle)
@@ -80,9 +80,3 @@ def generate(
         show_json({"video": out, "contact_sheet": contact_sheet, "seconds": video.timings})
     else:
         show_video(video, out, contact_sheet)
-
-
-def check_suffix(path: Path, suffix: str) -> None:
-    """Refuse before an hour's work what could not be written after it."""
-    if path.suffix.lower() != suffix:
-        raise UsageError("unknown kind of file", got=repr(str(path)), wanted=f"a {suffix} file")

@@ -20,7 +20,7 @@ from lcexport.verify.levels import (
 )
 from lcexport.verify.report import LEVELS, Check, Level, Report, levels_up_to
 
-__all__ = ["LEVELS", "Check", "Level", "Report", "verify"]
+__all__ = ["LEVELS", "Check", "Level", "Report", "levels_up_to", "verify"]
 
 
 def verify(
@@ -74,7 +74,9 @@ def later_levels(
 ) -> Iterator[Check]:
     """Every row after the hashes, level by level, resolution by resolution."""
     if not engines and levels != ("hash",):
-        yield Check("load", "", "", "engines", {}, "not run: none was built; name --backend", None)
+        yield Check(
+            "load", "", "", "engines", {}, "not checked: none was built; name --backend", None
+        )
     for level in levels:
         for size in sizes:
             if level == "module":

@@ -71,7 +71,7 @@ def video_level(
     tolerance = VIDEO_TOLERANCE[bundle.manifest.precision]
     others = [backend for backend in backends if backend != "eager"]
     if not others:
-        why = "not run: eager is what the others are compared with"
+        why = "not checked: eager is what the others are compared with"
         yield Check("video", resolution, "eager", "video", {}, why, None)
         return
     wanted = short_video(bundle, resolution, "eager", device)

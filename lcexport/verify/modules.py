@@ -28,7 +28,7 @@ def check_modules(bundle: Bundle, resolution: str, golden: dict[str, Tensor]) ->
     ONNX Runtime has no bfloat16 on processors: for such a bundle there is one row that says so.
     """
     if bundle.manifest.precision != "fp32":
-        why = "not run: ONNX Runtime computes no bfloat16 on processors"
+        why = "not checked: ONNX Runtime computes no bfloat16 on processors"
         yield Check("module", resolution, BACKEND, "all modules", {}, why, None)
         return
     dit = dit_from_files(bundle.path(DIT_CONFIG), bundle.path(WEIGHTS))

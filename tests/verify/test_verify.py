@@ -117,7 +117,24 @@ def test_a_bf16_bundle_verifies_with_eager_and_names_what_was_not_run(
     build(options)
     report = verify(tmp_path / "b", "step")
     assert report.ok
-    assert [check.name for check in report.checks if check.ok is None] == ["all modules"]
+    # eager made the golden outputs: agreeing with itself proves nothing
+    assert [check.name for check in report.checks if check.ok is None] == [
+        "all modules",
+        "velocity cond",
+        "velocity uncond",
+    ]
+    assert all(
+        check.wanted.startswith("not checked: ") for check in report.checks if check.ok is None
+    )
+
+
+def test_eager_that_differs_from_its_own_outputs_fails(copy):
+    name = "golden/64x96x9.safetensors"
+    golden = load_file(copy / name)
+    golden["velocity_cond"] *= 1.001
+    save_file(golden, copy / name)
+    reseal(copy, name)
+    assert "step: velocity cond" in failures(verify(copy, "step", backends=("eager",)))
 
 
 def test_an_unknown_level_is_refused(demo_bundle):
