@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from lcexport import show
 from lcexport.builder import make_plan, open_source
 from lcexport.checkpoint import convert, validate
 from lcexport.configs import preset_from
 from lcexport.engines.bundle import Bundle, read_manifest
+from lcexport.show import console
+from lcexport.show.build import show_plan
+from lcexport.show.bundle import show_bundle, show_verification
+from lcexport.show.checkpoint import show_validation
+from lcexport.show.console import show_json, show_text
 from lcexport.verify import Check, Report, verify
 
 COLUMNS = 80
@@ -21,10 +25,10 @@ COLUMNS = 80
 def shown(monkeypatch):
     """`shown(show_plan, plan)` is what that prints in a terminal of 80 columns, line by line."""
 
-    monkeypatch.setattr(show.out, "width", COLUMNS)
+    monkeypatch.setattr(console.out, "width", COLUMNS)
 
     def call(function, *given) -> list[str]:
-        with show.out.capture() as printed:
+        with console.out.capture() as printed:
             function(*given)
         return printed.get().splitlines()
 
@@ -32,7 +36,7 @@ def shown(monkeypatch):
 
 
 def test_a_bundle_fits_80_columns(shown, demo_bundle):
-    lines = shown(show.show_bundle, Bundle(demo_bundle, read_manifest(demo_bundle)))
+    lines = shown(show_bundle, Bundle(demo_bundle, read_manifest(demo_bundle)))
     assert max(map(len, lines[1:])) <= COLUMNS  # the first holds the folder, which is not cut
     text = "\n".join(lines)
     for whole in ("vae/diffusion_pytorch_model.safetensors", "engine:onnxruntime:64x96x9"):
@@ -44,14 +48,14 @@ def test_a_plan_fits_80_columns(shown, demo_options):
     options = demo_options.model_copy(
         update={"presets": presets, "model": demo_options.model, "output": Path("bundle")}
     )
-    lines = shown(show.show_plan, make_plan(open_source(options), options))
+    lines = shown(show_plan, make_plan(open_source(options), options))
     assert max(len(line) for line in lines if str(demo_options.model) not in line) <= COLUMNS
     assert any("attention scores on a processor, 480p-portrait" in line for line in lines)
 
 
 def test_a_verification_fits_80_columns_and_no_number_is_cut(shown, demo_bundle):
     report = verify(demo_bundle, "step")
-    lines = shown(show.show_verification, report)
+    lines = shown(show_verification, report)
     assert max(map(len, lines)) <= COLUMNS
     rows = [line for line in lines if "blocks." in line]
     assert len(rows) == 4
@@ -60,7 +64,7 @@ def test_a_verification_fits_80_columns_and_no_number_is_cut(shown, demo_bundle)
 
 
 def test_a_validation_keeps_the_names_of_files_whole(shown, demo_checkpoint):
-    lines = shown(show.show_validation, validate(demo_checkpoint, scan=False))
+    lines = shown(show_validation, validate(demo_checkpoint, scan=False))
     assert max(map(len, lines)) <= COLUMNS
     name = "diffusion_pytorch_model-00001-of-00002.safetensors"
     assert any(f"{name}, 7.86 MB" in line for line in lines)
@@ -69,16 +73,16 @@ def test_a_validation_keeps_the_names_of_files_whole(shown, demo_checkpoint):
 @pytest.mark.parametrize("name", ["[b]bold[/b]", "a[/]", "[link=x]", ":cat:", "[red]"])
 def test_no_name_is_taken_for_markup(shown, tmp_path, demo_checkpoint, name):
     report = replace(validate(demo_checkpoint, scan=False), folder=name, problems=[name])
-    assert "\n".join(shown(show.show_validation, report)).count(name) == 2
+    assert "\n".join(shown(show_validation, report)).count(name) == 2
     check = Check("hash", "", "", name, {}, f"wanted {name}", False)
-    lines = shown(show.show_verification, Report("bundle", "hash", (check,)))
+    lines = shown(show_verification, Report("bundle", "hash", (check,)))
     assert "".join(lines).count(name) == 2
-    assert shown(show.show_text, name) == [name]
+    assert shown(show_text, name) == [name]
 
 
 def test_json_has_null_where_a_number_is_not_finite(capsys):
     check = Check("step", "r", "b", "n", {"rms": math.nan, "max_abs": math.inf}, "w", False)
-    show.show_json(Report("bundle", "step", (check,)).as_dict())
+    show_json(Report("bundle", "step", (check,)).as_dict())
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -89,7 +93,7 @@ def test_json_has_null_where_a_number_is_not_finite(capsys):
 
 
 def test_a_conversion_as_json(capsys, demo_checkpoint, tmp_path):
-    show.show_json(convert(demo_checkpoint, tmp_path / "out", to="native", check=True).as_dict())
+    show_json(convert(demo_checkpoint, tmp_path / "out", to="native", check=True).as_dict())
     document = json.loads(capsys.readouterr().out)
     assert document["schema_version"] == 1
     assert document["destination"] == str(tmp_path / "out")

@@ -86,7 +86,8 @@ def build(
     """Turn a checkpoint into a bundle: one weights file, a graph per resolution, engines."""
     from lcexport.builder import build as run_build
     from lcexport.builder import options_from
-    from lcexport.show import show_built, show_json
+    from lcexport.show.build import show_built
+    from lcexport.show.console import show_json
 
     if add and model:
         raise UsageError(
@@ -139,7 +140,8 @@ def plan(
 def show_the_plan(options: "BuildOptions", as_json: bool) -> None:
     """Print the plan, then refuse if disk or memory will not do."""
     from lcexport.builder import make_plan, open_source, refuse_shortage
-    from lcexport.show import show_json, show_plan
+    from lcexport.show.build import show_plan
+    from lcexport.show.console import show_json
 
     made = make_plan(open_source(options), options)
     if as_json:

@@ -13,7 +13,8 @@ from lcexport.configs.errors import BuildError, IntegrityError, VerificationErro
 def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     """Show what a bundle holds and how it was made. Needs no GPU and reads no weight."""
     from lcexport.engines.bundle import Bundle, read_manifest
-    from lcexport.show import show_bundle, show_json
+    from lcexport.show.bundle import show_bundle
+    from lcexport.show.console import show_json
 
     manifest = read_manifest(bundle)
     if as_json:
@@ -36,7 +37,8 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Compare a bundle's files with its manifest, and its engines with eager torch."""
-    from lcexport.show import show_json, show_verification
+    from lcexport.show.bundle import show_verification
+    from lcexport.show.console import show_json
     from lcexport.verify import levels_up_to
     from lcexport.verify import verify as run_verify
 
@@ -72,7 +74,8 @@ def check(
     """Say what a TensorRT parser would refuse in a bundle's graphs. Needs no TensorRT."""
     from lcexport.engines.bundle import open_bundle
     from lcexport.graph.check import check_graph
-    from lcexport.show import show_json, show_violations
+    from lcexport.show.bundle import show_violations
+    from lcexport.show.console import show_json
 
     opened = open_bundle(bundle)
     # `check_graph` refuses an unknown target itself, and says which there are.

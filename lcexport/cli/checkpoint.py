@@ -17,7 +17,8 @@ def validate(
 ) -> None:
     """Say everything that is wrong with a checkpoint, of any layout."""
     from lcexport.checkpoint import validate as run_validate
-    from lcexport.show import show_json, show_validation
+    from lcexport.show.checkpoint import show_validation
+    from lcexport.show.console import show_json
 
     with progress_bars() as bar:
         report = run_validate(
@@ -45,7 +46,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint between the released and FastVideo's names and folders."""
     from lcexport.checkpoint import convert as run_convert
-    from lcexport.show import show_conversion, show_json
+    from lcexport.show.checkpoint import show_conversion
+    from lcexport.show.console import show_json
 
     # `convert` checks these itself and says what it knows.
     choices: dict[str, Any] = {"to": to, "dtype": dtype, "islands": islands}
@@ -69,7 +71,7 @@ def demo_checkpoint(
 ) -> None:
     """Write a small, complete, untrained checkpoint in the released layout."""
     from lcexport.demo import make_demo_checkpoint
-    from lcexport.show import show_text
+    from lcexport.show.console import show_text
 
     make_demo_checkpoint(folder)
     show_text(f"A demo checkpoint is in {folder}. Next:")

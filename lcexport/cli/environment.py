@@ -27,7 +27,8 @@ def doctor(
 ) -> None:
     """Say what this machine can build and run, and what it would need for the rest."""
     from lcexport.doctor import diagnose
-    from lcexport.show import show_diagnosis, show_json
+    from lcexport.show.console import show_json
+    from lcexport.show.machine import show_diagnosis
 
     diagnosis = diagnose(backend, precision)
     if as_json:

@@ -43,7 +43,8 @@ def generate(
     from lcexport.engines.files import refuse_existing
     from lcexport.runtime import load
     from lcexport.runtime.video import check_suffix
-    from lcexport.show import show_json, show_video
+    from lcexport.show.bundle import show_video
+    from lcexport.show.console import show_json
 
     manifest = read_manifest(bundle)
     check_suffix(out, ".mp4")

@@ -1,0 +1,130 @@
+"""A finished bundle: what it holds, what its checks found, what it made."""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from lcexport.engines.bundle import Bundle, EngineRecord
+from lcexport.graph.check import Violation
+from lcexport.runtime import Video
+from lcexport.show.build import show_stages
+from lcexport.show.console import amount, listed, out, show_fact, show_text, table
+from lcexport.verify import Check, Report
+
+SHORT = {
+    "max_abs": "max",
+    "relative_l2": "l2",
+    "cosine": "cos",
+    "relative_change": "change",
+    "identity_error": "identity",
+}
+VERDICT = {
+    True: Text("ok", "green"),
+    False: Text("FAILED", "red"),
+    None: Text("not checked", "yellow"),
+}
+
+
+def show_bundle(bundle: Bundle) -> None:
+    """A bundle's manifest."""
+    manifest = bundle.manifest
+    source = manifest.source
+    show_fact("bundle", f"{bundle.folder} (schema {manifest.schema_version}, {manifest.created})")
+    show_fact(
+        "source",
+        f"{source.layout}, {source.tensors} tensors, {source.dtype}, "
+        f"sha256 {source.tensors_sha256[:16]}",
+    )
+    show_fact("precision", f"{manifest.precision}, islands {manifest.islands}")
+    none = "none run (compiled only)" if manifest.engines else "none (exported only)"
+    show_fact("backends", ", ".join(manifest.backends) or none)
+    show_fact("versions", listed(manifest.versions))
+    for name, graph in manifest.graphs.items():
+        if added := graph.added:
+            show_fact("added", f"{name} ({added.created}) with {listed(added.versions)}")
+    graphs = table("Graphs", "name", ">pixels", ">frames", ">tokens", "file")
+    for name, graph in manifest.graphs.items():
+        preset = graph.preset
+        size = f"{preset.height} x {preset.width}"
+        graphs.add_row(name, size, str(preset.frames), f"{preset.tokens:,}", graph.file)
+    files = table("Files", "file", ">size", "sha256")
+    for name, record in manifest.files.items():
+        files.add_row(name, amount(record.bytes), record.sha256[:16])
+    proofs = table("Precision proof", "graph", "checked", ">count")
+    for name, graph in manifest.graphs.items():
+        for fact, count in graph.precision_proof.items():
+            proofs.add_row(name, fact.replace("_", " "), f"{count:,}")
+    out.print(graphs, proofs, files)
+    if manifest.engines:
+        out.print(engines_table(manifest.engines))
+    show_stages(bundle)
+
+
+def engines_table(engines: Mapping[str, Mapping[str, EngineRecord]]) -> Table:
+    """What was compiled, by what, for which GPUs, and whether it ever ran."""
+    columns = ("backend", "resolution", "compiled by", "for", ">plans", ">attentions", "eager")
+    rows = table("Engines", *columns)
+    for backend, compiled in engines.items():
+        for resolution, engine in compiled.items():
+            rows.add_row(
+                backend,
+                resolution,
+                f"{engine.product} {engine.version}",
+                engine.gpu or ", ".join(engine.compute_capabilities) or "all its targets",
+                str(len(engine.plans)),
+                str(attentions_of(engine)),
+                Text("verified", "green") if engine.verified else Text("not run", "yellow"),
+            )
+    return rows
+
+
+def attentions_of(engine: EngineRecord) -> int:
+    """Fused attentions of a pass: a plan may be used more than once."""
+    uses = [call.plan for call in engine.calls] or range(len(engine.plans))
+    return sum(engine.plans[index].attentions for index in uses)
+
+
+def show_violations(found: Mapping[str, Sequence[Violation]], target: str) -> None:
+    """What a target would refuse, graph by graph."""
+    for name, violations in found.items():
+        if not violations:
+            show_text(f"{name}: nothing that {target} would refuse")
+        for violation in violations:
+            show_text(f"{name}: {violation}")
+
+
+def show_verification(report: Report) -> None:
+    """Every row of a verification, a table for each level, engine and resolution."""
+    for place, checks in groupby(report.checks, lambda c: (c.level, c.backend, c.resolution)):
+        rows = table(" ".join(filter(None, place)), "check", "found", "")
+        above = ""
+        for check in checks:
+            rows.add_row(check.name, found_and_wanted(check, above), VERDICT[check.ok])
+            above = check.wanted
+        out.print(rows)
+    failed = len(report.failed)
+    unchecked = sum(check.ok is None for check in report.checks)
+    verdict = "verified" if report.ok else f"{failed} checks failed"
+    out.print(verdict + (f", {unchecked} not checked" if unchecked else ""), style="bold")
+
+
+def found_and_wanted(check: Check, above: str) -> str:
+    """What a check measured, and under it the threshold, unless the row above has the same."""
+    measured = {name: value for name, value in check.got.items() if name != "mean_abs"}
+    found = "  ".join(f"{name} {value:.3g}" for name, value in measured.items())
+    wanted = check.wanted if check.ok is None else f"wanted {check.wanted}"
+    text = "\n".join(filter(None, (found, "" if check.wanted == above else wanted)))
+    return re.sub(r"\w+", lambda word: SHORT.get(word[0], word[0]), text)
+
+
+def show_video(video: Video, path: Path, contact_sheet: Path | None) -> None:
+    """Where a video is, and what it took."""
+    frames, height, width, _ = video.frames.shape
+    show_text(f"{path}  {width} x {height}, {frames} frames at {video.fps:g}/s")
+    if contact_sheet:
+        show_text(str(contact_sheet))
+    show_text(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in video.timings.items()))
