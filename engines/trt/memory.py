@@ -58,8 +58,10 @@ class CudaOps:
     """`DeviceOps` on an NVIDIA GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._stream = torch.cuda.Stream(device)
+        # With its number, which every tensor's device has: `cuda` is not equal to `cuda:0`.
+        number = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", number)
+        self._stream = torch.cuda.Stream(self.device)
         self.stream = self._stream.cuda_stream
 
     def allocate(self, nbytes: int) -> torch.Tensor:

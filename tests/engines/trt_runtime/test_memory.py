@@ -1,12 +1,21 @@
 """Where tensors lie in the shared block."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lcexport.engines.trt import memory
-from lcexport.engines.trt.memory import ALIGNMENT, Lifetime, missing_gpu, place, torch_dtype
+from lcexport.engines.trt.memory import (
+    ALIGNMENT,
+    CudaOps,
+    Lifetime,
+    missing_gpu,
+    place,
+    torch_dtype,
+)
 
 LIFETIMES = st.builds(
     lambda nbytes, first, length: Lifetime(nbytes, first, first + length),
@@ -58,3 +67,11 @@ def test_what_stands_between_torch_and_a_gpu(monkeypatch, sees, built_for, drive
     monkeypatch.setattr(torch.version, "cuda", built_for)
     monkeypatch.setattr(memory, "driver_version", lambda: driver)
     assert missing_gpu() == missing
+
+
+@pytest.mark.parametrize(("asked", "found"), [("cuda", "cuda:3"), ("cuda:1", "cuda:1")])
+def test_a_device_has_a_number_as_its_tensors_have(monkeypatch, asked, found):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=7))
+    ops = CudaOps(torch.device(asked))
+    assert (ops.device, ops.stream) == (torch.device(found), 7)
