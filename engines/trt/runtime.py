@@ -242,6 +242,14 @@ class TrtEngine:
                 which = f" for step {number} of {len(self._steps)}"
                 raise refused(self._log, f"execute_async_v3 returned False{which}")
 
+    def inspect(self) -> tuple[str, ...]:
+        """What TensorRT's inspector says of each plan, as JSON; `inspector` reads it."""
+        if self._runtime is None:
+            raise UsageError("the engine is closed")
+        form = self._product.trt.LayerInformationFormat.JSON
+        inspectors = [engine.create_engine_inspector() for engine in self._engines]
+        return tuple(inspector.get_engine_information(form) for inspector in inspectors)
+
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Give every plan new weights, from the host; waits for work under way.
 

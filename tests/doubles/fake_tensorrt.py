@@ -149,6 +149,10 @@ class ExecutionContextAllocationStrategy(Valued):
     STATIC, ON_PROFILE_CHANGE, USER_MANAGED = 0, 1, 2
 
 
+class LayerInformationFormat(Valued):
+    ONELINE, JSON = 0, 1
+
+
 class Severity(Valued):
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = 0, 1, 2, 3, 4
 
@@ -469,6 +473,10 @@ class ICudaEngine:
         self._contexts.add(context)
         return context
 
+    def create_engine_inspector(self) -> "EngineInspector":
+        self._check()
+        return EngineInspector(SECRET, self)
+
     def _run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         if self._compute is None:
             self._compute = executor(self._model)
@@ -479,6 +487,59 @@ class ICudaEngine:
             self._weights[name].raw_data = weights.numpy().tobytes()
         self._missing -= set(new)
         self._compute = None
+
+
+class EngineInspector:
+    """One layer per ONNX node, in the form of the version the plan was made with."""
+
+    def __init__(self, *made: Any) -> None:
+        if not made or made[0] is not SECRET:
+            raise TypeError("EngineInspector: No constructor defined!")
+        _, engine = made
+        self._engine = weakref.ref(engine)
+
+    def get_engine_information(self, format: LayerInformationFormat) -> str:
+        engine = alive(self._engine, "ICudaEngine", "EngineInspector")
+        if need(format, LayerInformationFormat) != LayerInformationFormat.JSON:
+            raise NotImplementedError("the double tells JSON only")
+        newer = not engine._settings["version"].startswith("10.")
+        functions = {function.name: function for function in engine._model.functions}
+        calls = [(call, functions.get(call.op_type)) for call in engine._model.graph.node]
+        layers = [
+            layer_information(node, f"{node.name} | {call.name} ({call.op_type})", newer)
+            for call, function in calls
+            for node in (function.node if function else [call])
+        ]
+        ports = [port_information(name, *port) for name, port in engine._ports.items()]
+        return json.dumps(
+            {
+                "Layers": layers,
+                **({"I/O Tensors": ports} if newer else {"Bindings": [*engine._ports]}),
+            }
+        )
+
+
+def layer_information(node: onnx.NodeProto, label: str, newer: bool) -> dict[str, Any]:
+    """A node as a layer; attention as the fused kernel, unless a test asked for another."""
+    fused = node.op_type == "Attention" and not fails("EngineInspector.fused")
+    kernel = "_gemm_mha_v2_0x957a" if fused else f"sm90_xmma_{node.op_type.lower()}_f32f32"
+    told = {"Format": "Row major linear", "DataType": "Float"}
+    typed = told if newer else {"Format/Datatype": "Float"}
+    tensor = {"Location": "Device", "Dimensions": [], **typed}
+    return {
+        "Name": f"{node.name}_myl0_0",
+        "LayerType": "kgen" if fused else "gemm",
+        "Inputs": [{"Name": name, **tensor} for name in node.input],
+        "Outputs": [{"Name": name, **tensor} for name in node.output],
+        "TacticName": kernel,
+        "StreamId": 0,
+        "Metadata": f"[ONNX Layer: {label}]",
+    }
+
+
+def port_information(name: str, mode: TensorIOMode, value: Any) -> dict[str, Any]:
+    sizes = [size.dim_value for size in value.type.tensor_type.shape.dim]
+    return {"Name": name, "IOMode": mode.name.capitalize(), "Dimensions": sizes}
 
 
 def executor(model: onnx.ModelProto) -> Callable[[dict[str, np.ndarray]], list[np.ndarray]]:
