@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from lcexport.configs.errors import InputError
 from lcexport.engines import Engine
-from lcexport.engines.bundle import Bundle
+from lcexport.engines.bundle import Bundle, GraphRecord
 
 SEED = 20_480
 TIMESTEP = 752.0  # exact in bfloat16, so that rounding it is no difference
@@ -17,7 +17,7 @@ PROMPT_TOKENS = {"cond": 24, "uncond": 1}  # an empty prompt is its end-of-seque
 BRANCHES = tuple(PROMPT_TOKENS)
 
 
-def golden_inputs(engine: Engine) -> dict[str, torch.Tensor]:
+def golden_inputs(engine: Engine | GraphRecord) -> dict[str, torch.Tensor]:
     """Latents and text features N(0, 1), padding masked as the tokenizer does; on the host."""
     shapes = {spec.name: spec.shape for spec in engine.inputs}
     generator = torch.Generator().manual_seed(SEED)
@@ -43,13 +43,17 @@ def make_golden(engine: Engine) -> dict[str, torch.Tensor]:
 
 def run_branch(engine: Engine, golden: dict[str, torch.Tensor], branch: str) -> torch.Tensor:
     """The engine's velocity for one branch of the golden inputs, on the host."""
-    inputs = {
+    return run_once(engine, branch_inputs(golden, branch))
+
+
+def branch_inputs(golden: dict[str, torch.Tensor], branch: str) -> dict[str, torch.Tensor]:
+    """One branch of the golden inputs under the engine's names."""
+    return {
         "hidden_states": golden["hidden_states"],
         "encoder_hidden_states": golden[f"text_{branch}"],
         "timestep": golden["timestep"],
         "encoder_attention_mask": golden[f"mask_{branch}"],
     }
-    return run_once(engine, inputs)
 
 
 def run_once(engine: Engine, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

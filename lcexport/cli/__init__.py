@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from lcexport.cli import build, bundle, checkpoint, environment, generate  # noqa: F401
+from lcexport.cli import build, bundle, checkpoint, environment, generate, qualify  # noqa: F401
 from lcexport.cli.app import app
 from lcexport.configs.errors import LcexportError, ResourceError, UsageError
 

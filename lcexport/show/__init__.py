@@ -5,4 +5,5 @@ build       a plan, a fresh bundle
 bundle      a bundle, its checks, its video
 checkpoint  a checkpoint and its conversion
 machine     what a machine can do
+qualification  what was proven of an engine
 """

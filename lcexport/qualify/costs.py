@@ -1,0 +1,119 @@
+"""What an engine costs beside its passes: to start, to hold in memory, to pass between segments."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+
+from lcexport.configs.errors import LcexportError
+from lcexport.engines.bundle import EngineRecord, TensorRecord
+from lcexport.qualify.claims import Check, Claim, Result, measured, untested
+from lcexport.qualify.speed import seconds_of
+from lcexport.qualify.subject import Subject
+
+START = Claim(
+    "start",
+    "How long until an engine has run once.",
+    "A new process from its start to the end of its first pass, and the engine opened again here. "
+    "The files may lie in the page cache.",
+)
+MEMORY = Claim(
+    "memory",
+    "How much memory an engine takes, on the device and on the host.",
+    "That new process' device memory, TensorRT's own allocations included, and its largest "
+    "resident size.",
+)
+SEAMS = Claim(
+    "seams",
+    "What cutting the engine into segments costs.",
+    "Bytes that one segment writes and another reads, from the manifest; on a GPU also the time "
+    "they take at the bandwidth of a copy on it. An upper bound: one plan writes most of them too.",
+)
+COMMAND = (sys.executable, "-m", "lcexport.qualify.cold")
+COPY_BYTES = 1 << 30
+COPIES = 5
+
+
+def start(subject: Subject) -> Iterator[Result]:
+    """Both figures of a cold start, and a warm one."""
+    begin = time.perf_counter()
+    got = run_cold(subject)
+    until_run = time.perf_counter() - begin
+    seconds = {name: value for name, value in got.items() if name.endswith("_seconds")}
+    memory = {name: value for name, value in got.items() if name not in seconds}
+    begin = time.perf_counter()
+    with subject.open():
+        seconds["warm_open_seconds"] = time.perf_counter() - begin
+    yield measured(START, {"process_to_first_run_seconds": until_run, **seconds})
+    yield measured(MEMORY, {**memory, "weights_file_bytes": subject.weights.stat().st_size})
+
+
+def run_cold(subject: Subject) -> dict[str, object]:
+    """Start `cold` and wait for its answer.
+
+    Raises:
+        LcexportError: it ended without one; says the last thing it said.
+    """
+    request = {
+        "folder": str(subject.bundle.folder.absolute()),
+        "resolution": subject.resolution,
+        "backend": subject.backend,
+        "device": str(subject.device),
+    }
+    command = [*COMMAND, json.dumps(request)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["nothing said"]
+        raise LcexportError(
+            "a new process could not run the engine", got=f"status {done.returncode}: {said[-1]}"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def seams(subject: Subject) -> Iterator[Result]:
+    record = subject.engine_record
+    if record is None or len(record.plans) == 1:
+        yield untested(SEAMS, "the engine is in one piece")
+        return
+    written, read = crossing_bytes(record)
+    got: dict[str, object] = {
+        "segments": len(record.plans),
+        "bytes_written": written,
+        "bytes_read": read,
+    }
+    if subject.on_gpu:
+        bandwidth = copy_bandwidth(subject.device)
+        got["copy_bytes_per_second"] = bandwidth
+        got["seconds_per_pass"] = (written + read) / bandwidth
+    yield measured(SEAMS, got)
+
+
+def crossing_bytes(record: EngineRecord) -> tuple[int, int]:
+    """Bytes that segments write for later ones, and bytes that those read, in one pass."""
+    made = {tensor.name for plan in record.plans for tensor in plan.outputs}
+    wanted = {tensor.name for plan in record.plans for tensor in plan.inputs}
+    written = sum(size(t) for plan in record.plans for t in plan.outputs if t.name in wanted)
+    read = sum(size(t) for plan in record.plans for t in plan.inputs if t.name in made)
+    return written, read
+
+
+def size(tensor: TensorRecord) -> int:
+    dtype: torch.dtype = getattr(torch, tensor.dtype)
+    return torch.Size(tensor.shape).numel() * dtype.itemsize
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second by a large copy, best of several."""
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    return 2 * COPY_BYTES / min(seconds_of(copy, device) for _ in range(COPIES))
+
+
+CHECKS = (Check((START, MEMORY), start), Check((SEAMS,), seams))

@@ -1,0 +1,109 @@
+"""A bundle with a `tensorrt` engine of the test double, and what makes lcexport open it.
+
+Nothing here is TensorRT: plans are ONNX models, run on the host. What is tested is the machinery
+around them.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+import lcexport.engines.trt.backend as trt_backend
+from lcexport.builder.compile import tensor_records
+from lcexport.engines.bundle import (
+    MANIFEST,
+    Bundle,
+    EngineRecord,
+    FileRecord,
+    PlanRecord,
+    read_manifest,
+)
+from lcexport.engines.files import sha256_of
+from lcexport.engines.trt.memory import Workspace
+from lcexport.engines.trt.options import TrtOptions
+from lcexport.engines.trt.product import Product, version_from
+from lcexport.engines.trt.reader import PlanFile
+from lcexport.engines.trt.runtime import TrtEngine
+from lcexport.graph.segments import segment_graph
+from lcexport.qualify import environment, marked
+
+sys.path.append(str(Path(__file__).parents[1] / "engines" / "trt_runtime"))
+load_double = importlib.import_module("trt_plans").load_double
+ATTENTIONS_PER_BLOCK = 2
+
+
+def product(name: str = "tensorrt") -> Product:
+    double = load_double()
+    return Product("tensorrt", double, version_from(double.__version__))
+
+
+def add_engine(folder: Path, resolution: str, segments: int, **settings: Any) -> None:
+    """Put an engine of the double into a bundle; `settings` are those of its plans."""
+    manifest = read_manifest(folder)
+    graph = manifest.graphs[resolution]
+    plans, files = [], dict(manifest.files)
+    for segment in segment_graph(ir.load(folder / graph.file), segments):
+        name = f"engines/tensorrt/{resolution}/{segment.index:02d}.plan"
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_plan(ir.to_proto(segment.model).SerializeToString(), folder, path, **settings)
+        files[name] = FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
+        plans.append(
+            PlanRecord(
+                file=name,
+                first_block=segment.first_block,
+                last_block=segment.last_block,
+                inputs=tensor_records(segment.inputs),
+                outputs=tensor_records(segment.outputs),
+                attentions=(segment.last_block - segment.first_block + 1) * ATTENTIONS_PER_BLOCK,
+            )
+        )
+    record = EngineRecord(
+        plans=tuple(plans),
+        product="tensorrt",
+        version=load_double().__version__,
+        platform="",
+        compute_capabilities=(),
+        gpu=None,
+        driver=None,
+        options=TrtOptions(refit=bool(settings.get("refittable"))).model_dump(mode="json"),
+        verified=False,
+    )
+    engines = {"tensorrt": {resolution: record}}
+    changed = manifest.model_copy(update={"files": files, "engines": engines})
+    (folder / MANIFEST).write_text(json.dumps(changed.model_dump(mode="json")), "utf-8")
+
+
+def write_plan(graph: bytes, weights: Path, path: Path, **settings: Any) -> None:
+    """The double's plan of a graph whose weights lie in a folder."""
+    model = onnx.load_from_string(graph)
+    onnx.load_external_data_for_model(model, str(weights))
+    path.write_bytes(load_double().plan_bytes(model, **settings))
+
+
+def open_engine(backend: str, bundle: Bundle, resolution: str, device: str) -> TrtEngine:
+    record = trt_backend.engine_record(bundle, backend, resolution)
+    files = [(plan.file, bundle.manifest.files[plan.file]) for plan in record.plans]
+    plans = [PlanFile(bundle.path(name), file.bytes, file.sha256) for name, file in files]
+    return TrtEngine(product(), plans, Workspace(load_double().HostOps()))
+
+
+def compile_graph(name: str, graph: bytes, graph_path: Path, output: Path, *rest: object) -> None:
+    write_plan(graph, graph_path.parent, output)
+
+
+def install(set_attribute: Callable[[object, str, object], None]) -> None:
+    """Make the `tensorrt` backend the double, through a function like `setattr`."""
+    set_attribute(trt_backend, "open_engine", open_engine)
+    set_attribute(trt_backend, "require", lambda backend, precision, device: None)
+    set_attribute(environment, "open_product", product)
+    set_attribute(marked, "open_product", product)
+    set_attribute(marked, "expected", lambda segment, bulk: None)  # a proof is of bf16 graphs
+    set_attribute(marked, "compile_graph", compile_graph)
+    set_attribute(marked, "CudaOps", lambda device: load_double().HostOps())
