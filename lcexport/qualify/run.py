@@ -100,7 +100,7 @@ def qualify(
     backend = backend or next(iter(manifest.engines), None) or manifest.default_backend
     resolution = resolution or next(iter(manifest.graphs))
     refuse_existing(output)
-    require(bundle, backend, resolution, device, built=model is not None)
+    require(bundle, backend, resolution, device, buildable=model is not None)
     if bisecting:
         bisect.require_polygraphy()
     with resource_errors(output):
@@ -119,7 +119,7 @@ def has_engine(bundle: Bundle, backend: str, resolution: str) -> bool:
     return resolution in bundle.manifest.graphs
 
 
-def require(bundle: Bundle, backend: str, resolution: str, device: str, *, built: bool) -> None:
+def require(bundle: Bundle, backend: str, resolution: str, device: str, *, buildable: bool) -> None:
     """Refuse at once what no check could do anything about."""
     require_backend(backend, bundle.manifest.precision, device)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -127,7 +127,7 @@ def require(bundle: Bundle, backend: str, resolution: str, device: str, *, built
             "torch sees no CUDA device",
             do="Qualify on a machine with a GPU; --device cpu runs what needs none.",
         )
-    if not built and not has_engine(bundle, backend, resolution):
+    if not buildable and not has_engine(bundle, backend, resolution):
         precision = bundle.manifest.precision
         raise UsageError(
             f"the bundle {bundle.folder} has no {backend} engine for {resolution}",
