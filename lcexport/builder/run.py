@@ -157,7 +157,18 @@ def resolution_stages(
     for backend in options.engines:
         work = partial(engine_stage, backend, Bundle(folder, manifest), preset, options)
         manifest = grown(manifest, stage(f"engine:{backend}:{name}", work), record)
+        manifest = verified(manifest, backend, name)
     return manifest
+
+
+def verified(manifest: Manifest, backend: str, resolution: str) -> Manifest:
+    """`manifest` with one compiled engine marked as run against eager torch."""
+    compiled = manifest.engines.get(backend, {})
+    if resolution not in compiled:
+        return manifest
+    record = compiled[resolution].model_copy(update={"verified": True})
+    engines = {**manifest.engines, backend: {**compiled, resolution: record}}
+    return manifest.model_copy(update={"engines": engines})
 
 
 def first_manifest(options: BuildOptions, stages: list[DoneStage]) -> Manifest:

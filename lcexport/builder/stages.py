@@ -41,6 +41,8 @@ from lcexport.engines.bundle import (
     open_bundle,
 )
 from lcexport.engines.files import sha256_of, write_bytes
+from lcexport.engines.trt.inspector import require_fused
+from lcexport.engines.trt.runtime import TrtEngine
 from lcexport.golden import make_golden, read_golden, run_branch
 from lcexport.graph import GraphSpec, onnx_from_dit, prove_precision, save_graph
 
@@ -163,6 +165,9 @@ def engine_stage(
     """Open the backend's engine and run it once on the golden inputs against eager's outputs."""
     golden = read_golden(bundle, preset.name)
     with open_engine(backend, bundle, preset.name, options.device) as engine:
+        if isinstance(engine, TrtEngine):
+            plans = bundle.manifest.engines[backend][preset.name].plans
+            require_fused(engine.inspect(), [plan.attentions for plan in plans])
         facts = check_engine(engine, golden, options)
     return StageOutput(files={}, facts=facts)
 

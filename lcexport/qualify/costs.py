@@ -92,11 +92,22 @@ def seams(subject: Subject) -> Iterator[Result]:
 
 
 def crossing_bytes(record: EngineRecord) -> tuple[int, int]:
-    """Bytes that segments write for later ones, and bytes that those read, in one pass."""
-    made = {tensor.name for plan in record.plans for tensor in plan.outputs}
-    wanted = {tensor.name for plan in record.plans for tensor in plan.inputs}
-    written = sum(size(t) for plan in record.plans for t in plan.outputs if t.name in wanted)
-    read = sum(size(t) for plan in record.plans for t in plan.inputs if t.name in made)
+    """Bytes that plans write for later ones, and bytes that those read, in one pass."""
+    uses = [(call.plan, call.tensors) for call in record.calls]
+    uses = uses or [(index, {}) for index in range(len(record.plans))]
+    outputs = [
+        (names.get(tensor.name, tensor.name), size(tensor))
+        for index, names in uses
+        for tensor in record.plans[index].outputs
+    ]
+    inputs = [
+        (names.get(tensor.name, tensor.name), size(tensor))
+        for index, names in uses
+        for tensor in record.plans[index].inputs
+    ]
+    made, wanted = ({name for name, _ in tensors} for tensors in (outputs, inputs))
+    written = sum(nbytes for name, nbytes in outputs if name in wanted)
+    read = sum(nbytes for name, nbytes in inputs if name in made)
     return written, read
 
 

@@ -89,7 +89,8 @@ def island_nodes(graph: Path) -> frozenset[str]:
         for node in function:
             product = node.op_type in PRODUCTS and not islands.isdisjoint(node.inputs)
             if product or node.op_type in NORM_OPS:
-                found.add(f"{node.name} | {call.name} ({call.op_type})")
+                # The call is the block's own, or the function's where its weights are handed in.
+                found |= {f"{node.name} | {c} ({call.op_type})" for c in (call.name, call.op_type)}
     return frozenset(found)
 
 

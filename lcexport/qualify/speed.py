@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lcexport.eager import eager_engine
+from lcexport.eager import DitEngine
 from lcexport.engines import Engine
 from lcexport.flops import forward_flops
 from lcexport.golden import branch_inputs, golden_inputs
@@ -113,10 +113,9 @@ def engine_runs(subject: Subject, missing: dict[str, str]) -> Iterator[dict[str,
 def torch_runs(subject: Subject, missing: dict[str, str]) -> Iterator[dict[str, Run]]:
     """One pass of eager torch, and of torch.compile where it can compile the module here."""
     dit = subject.eager()
-    device = str(subject.device)
-    runs = {"eager": one_pass(eager_engine(dit, subject.record, device))}
+    runs = {"eager": one_pass(DitEngine(dit, subject.record, subject.device))}
     compiled: Any = torch.compile(dit)  # shares the weights
-    run = one_pass(eager_engine(compiled, subject.record, device))
+    run = one_pass(DitEngine(compiled, subject.record, subject.device))
     try:
         run()
     except Exception as error:  # no compiler, no Triton, a fault of its own: it has many types

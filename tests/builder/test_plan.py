@@ -124,7 +124,7 @@ def test_an_export_needs_little_memory_whatever_the_model(demo_checkpoint, optio
         ({"backends": ("onnxruntime", "none")}, "unknown backend; got 'none'"),
         ({"presets": ()}, "at least 1 item"),
         ({"presets": (preset_from("480p"), preset_from("480p"))}, "named twice"),
-        ({"compute_capabilities": ("sm89", "SM89")}, "named twice: sm89, sm89"),
+        ({"trt": {"compute_capabilities": ("sm89", "SM89")}}, "named twice: sm89, sm89"),
         ({"batch": 0}, "greater than or equal to 1"),
         ({"only": "engines"}, "'compile' or 'export'"),
         ({"surprise": 1}, "Extra inputs"),
