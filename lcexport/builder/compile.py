@@ -74,7 +74,7 @@ def compile_engine(
     if options.weights == "shared":
         parts, uses = parts_of(model)
         units = list(part_units(place, parts, uses))
-        calls = tuple(CallRecord(plan=u.part, prefix=u.prefix, tensors=u.tensors) for u in uses)
+        calls = call_records(uses)
     else:
         count = options.segments or proposed_segments(model)
         units = [segment_unit(place, segment) for segment in segment_graph(model, count)]
@@ -121,6 +121,11 @@ def part_units(place: str, parts: list[Part], calls: list[PartCall]) -> Iterator
         )
         islands = [spec.name for spec in part.weights if is_island(prefix + spec.name)]
         yield Unit(part.model, record, tuple(islands))
+
+
+def call_records(uses: Iterable[PartCall]) -> tuple[CallRecord, ...]:
+    """The uses of the plans, as the manifest has them."""
+    return tuple(CallRecord(plan=u.part, prefix=u.prefix, tensors=u.tensors) for u in uses)
 
 
 def require_compiler(backend: ProductName, options: BuildOptions) -> None:

@@ -51,6 +51,14 @@ def double_bundle(pair_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+@pytest.fixture(scope="session")
+def shared_bundle(demo_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`demo_bundle` with an engine of the double whose weights are handed in. Read only."""
+    folder = Path(shutil.copytree(demo_bundle, tmp_path_factory.mktemp("shared") / "bundle"))
+    double.add_engine(folder, SIZE, 0)
+    return folder
+
+
 @pytest.fixture
 def the_double(monkeypatch):
     """The test double as the `tensorrt` backend, in this process and in a cold start's."""

@@ -7,7 +7,7 @@ import pytest
 from lcexport.configs.errors import LcexportError
 from lcexport.qualify import costs
 from lcexport.qualify.cold import cold_start
-from lcexport.qualify.costs import copy_bandwidth, crossing_bytes, run_cold, seams, start
+from lcexport.qualify.costs import copy_bandwidth, crossing_bytes, run_cold, seams, size, start
 
 SIZE = "64x96x9"
 
@@ -50,6 +50,18 @@ def test_the_inputs_and_the_velocity_do_not_cross(subject_of, double_bundle):
     assert record is not None
     alone = record.model_copy(update={"plans": record.plans[:1]})
     assert crossing_bytes(alone) == (0, 0)
+
+
+def test_blocks_that_are_one_plan_hand_their_tokens_on(subject_of, shared_bundle):
+    record = subject_of(shared_bundle, "tensorrt").engine_record
+    written, read = crossing_bytes(record)
+    tokens = next(tensor for tensor in record.plans[1].inputs if tensor.name == "x")
+    depth = sum(call.plan == 1 for call in record.calls)
+    others = [tensor for tensor in record.plans[0].outputs if tensor.name != tokens.name]
+    once = sum(map(size, others))
+    time = next(size(tensor) for tensor in others if tensor.name == "time")
+    assert written == (depth + 1) * size(tokens) + once
+    assert read == (depth + 1) * size(tokens) + depth * once + time
 
 
 def test_an_engine_in_one_piece_has_no_seams(subject_of, pair_bundle):

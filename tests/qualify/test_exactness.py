@@ -89,8 +89,9 @@ def test_an_engine_that_ignores_its_input_proves_nothing(faked):
     assert "another input gave the same output" in result.why
 
 
-def test_weights_are_exchanged_and_put_back(subject_of, double_bundle, the_double):
-    (result,) = refit(subject_of(double_bundle, "tensorrt"))
+@pytest.mark.parametrize("kind", ["double_bundle", "shared_bundle"])
+def test_weights_are_exchanged_and_put_back(request, subject_of, the_double, kind):
+    (result,) = refit(subject_of(request.getfixturevalue(kind), "tensorrt"))
     assert result.verdict == "proven"
     assert list(result.got) == ["blocks.2.ffn.w2.weight", "final_layer.proj.weight"]
     for row in result.got.values():

@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import load_file
 from trt_plans import plan_file
 
-from lcexport.builder.compile import part_units
+from lcexport.builder.compile import call_records, part_units
 from lcexport.compare import STEP_TOLERANCE, difference
 from lcexport.configs.errors import IntegrityError
 from lcexport.engines.bundle import (
     Bundle,
-    CallRecord,
     EngineRecord,
     FileRecord,
     open_bundle,
@@ -40,7 +39,7 @@ def compiled(bundle: Bundle, resolution: str, double, folder: Path) -> EngineRec
         path.write_bytes(double.plan_bytes(ir.to_proto(unit.model)))
     return EngineRecord(
         plans=tuple(unit.record for unit in units),
-        calls=tuple(CallRecord(plan=u.part, prefix=u.prefix, tensors=u.tensors) for u in uses),
+        calls=call_records(uses),
         product="tensorrt",
         version=HERE.version,
         platform=HERE.platform,
