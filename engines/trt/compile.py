@@ -7,7 +7,6 @@ exception, tells TensorRT to stop, and the exception is raised when TensorRT has
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import threading
 import time
@@ -26,6 +25,7 @@ from lcexport.configs.errors import (
     ResourceError,
 )
 from lcexport.engines.files import new_file, refuse_existing
+from lcexport.engines.host import available_memory_bytes, peak_rss_bytes
 from lcexport.engines.trt.network import (
     Expectations,
     NetworkSummary,
@@ -119,7 +119,7 @@ def compile_plan(
         bytes=sink.written,
         sha256=sink.digest.hexdigest(),
         seconds=time.monotonic() - started,
-        peak_rss_bytes=process_memory("VmHWM"),
+        peak_rss_bytes=peak_rss_bytes(),
         version=str(product),
         summary=summary,
     )
@@ -297,35 +297,23 @@ def build_error(
     return BuildError(what, got=got, do="Try another optimization_level or version of TensorRT.")
 
 
+def build_bytes(weights_bytes: int) -> int:
+    """Host memory that compiling a plan with these weights inside is likely to take."""
+    return int(weights_bytes * BYTES_PER_WEIGHT_BYTE) + FIXED_BYTES
+
+
 def require_memory(weights_bytes: int) -> None:
     """Refuse a build that this host has not the memory for, before it takes all there is.
 
     Raises:
         ResourceError: says how much is needed and how much there is.
     """
-    needed = int(weights_bytes * BYTES_PER_WEIGHT_BYTE) + FIXED_BYTES
+    needed = build_bytes(weights_bytes)
     available = available_memory_bytes()
     if needed > available:
         raise ResourceError(
             "the build would need more host memory than there is",
             got=f"{available / 1e9:.1f} GB available",
             wanted=f"{needed / 1e9:.1f} GB: about 3 times the weights' {weights_bytes / 1e9:.1f}",
-            do="Build in more segments, free memory, or go ahead without this check.",
+            do="Build in more segments, with --weights shared, or free memory.",
         )
-
-
-def available_memory_bytes() -> int:
-    """Host memory that can be had without swapping."""
-    return os_memory(Path("/proc/meminfo"), "MemAvailable")
-
-
-def process_memory(key: str) -> int:
-    """This process' memory by the kernel's name: VmHWM is the most it ever had at once."""
-    return os_memory(Path("/proc") / str(os.getpid()) / "status", key)
-
-
-def os_memory(path: Path, key: str) -> int:
-    for line in path.read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"{path} has no {key}")

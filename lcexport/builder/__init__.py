@@ -5,7 +5,6 @@ plan       what it will need, and the refusal where it is not there
 staging    where it grows: lock, journal, resume, rename
 stages     the work, one function a stage
 run        the stages in order, and the manifest
-memory     what the kernel says of memory
 """
 
 from lcexport.builder.options import (

@@ -16,7 +16,6 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from lcexport.builder.memory import available_memory_bytes
 from lcexport.builder.options import BuildOptions
 from lcexport.builder.stages import file_record
 from lcexport.builder.staging import DoneStage, StageOutput
@@ -31,6 +30,7 @@ from lcexport.engines.bundle import (
     TensorRecord,
 )
 from lcexport.engines.files import resource_errors
+from lcexport.engines.host import available_memory_bytes
 from lcexport.engines.trt.network import Expectations
 from lcexport.engines.trt.options import TrtOptions, require_supported
 from lcexport.engines.trt.probe import require_builder

@@ -5,17 +5,21 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lcexport.builder.memory import available_memory_bytes
 from lcexport.builder.options import BuildOptions, staging_folder
 from lcexport.checkpoint import Checkpoint, expected_tensors, is_island
 from lcexport.configs import Preset
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import ResourceError
+from lcexport.engines.host import available_memory_bytes
+from lcexport.engines.trt.compile import build_bytes
 from lcexport.flops import forward_flops
+from lcexport.graph.precision import FUNCTIONS
+from lcexport.graph.segments import propose_segments
 
 GRAPH_BYTES = 2 << 20  # one graph, generously: 0.6 MB were seen for 48 blocks
 EXPORT_BYTES = 800 << 20  # torch and the exporter themselves: 0.4 GB were seen
 CONVERT_BYTES = 700 << 20
+PLAN_CODE_BYTES = 8 << 20  # a plan without its weights; 3 MB were seen
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -49,6 +53,7 @@ class Plan:
     disk_free_bytes: int
     build_memory_bytes: int
     memory_free_bytes: int
+    plans_per_engine: int  # of each TensorRT engine; 0 where none is compiled
     sizes: tuple[SizePlan, ...]
     # Peak memory while generating the largest size, by what becomes of text encoder and VAE.
     runtime_bytes: dict[str, int]
@@ -66,7 +71,9 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     golden = sum(golden_bytes(config, preset, options.batch) for preset in options.presets)
     disk = GRAPH_BYTES * len(sizes)
     disk += 0 if options.add else weights + sum(components.values())
-    disk += weights * len(sizes) * len(options.compiled)  # a plan is as large as its weights
+    plans = plans_per_engine(config, options, weights)
+    inside = weights if options.weights == "inside" else 0
+    disk += (inside + PLAN_CODE_BYTES * plans) * len(sizes) * len(options.compiled)
     disk += golden if options.only == "all" else 0
     if options.resume and (unfinished := staging_folder(options.output)).is_dir():
         disk = max(0, disk - tree_bytes(unfinished))  # what is there already was paid for
@@ -74,6 +81,8 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     memory = max(EXPORT_BYTES, CONVERT_BYTES)
     if options.only == "all":
         memory = max(memory, EXPORT_BYTES + weights + largest)
+    if options.compiled:
+        memory = max(memory, build_bytes(-(-inside // plans)))
     return Plan(
         model=str(checkpoint.folder),
         output=str(options.output),
@@ -84,9 +93,24 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
         disk_free_bytes=shutil.disk_usage(existing_parent(options.output)).free,
         build_memory_bytes=memory,
         memory_free_bytes=available_memory_bytes(),
+        plans_per_engine=plans,
         sizes=sizes,
         runtime_bytes=runtime_bytes(weights, components, sizes),
     )
+
+
+def plans_per_engine(config: DiTConfig, options: BuildOptions, weights: int) -> int:
+    """How many plans each compiled engine has; as few as the memory allows, where it is not said.
+
+    Raises:
+        ResourceError: the memory does not hold the compilation of one block.
+    """
+    if not options.compiled:
+        return 0
+    if options.weights == "shared":
+        return len(FUNCTIONS)
+    room = available_memory_bytes()
+    return options.segments or propose_segments(-(-weights // config.depth), config.depth, room)
 
 
 def refuse_shortage(plan: Plan) -> None:
@@ -105,7 +129,8 @@ def refuse_shortage(plan: Plan) -> None:
             wanted=gigabytes(plan.build_memory_bytes),
             do="The reference outputs need the whole model in memory, and attention on a processor "
             "keeps its scores. `--only export` writes weights and graphs in under 1 GB; a GPU "
-            "(--precision bf16 --device cuda) needs no scores.",
+            "(--precision bf16 --device cuda) needs no scores. TensorRT plans are compiled in less "
+            "with more --segments, or with --weights shared.",
         )
 
 

@@ -15,7 +15,6 @@ from typing import Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from lcexport.builder.memory import peak_rss_bytes, reset_peak_rss
 from lcexport.builder.options import staging_folder
 from lcexport.configs.errors import (
     InputError,
@@ -26,6 +25,7 @@ from lcexport.configs.errors import (
 from lcexport.engines.bundle import MANIFEST, FileRecord, Manifest, StageRecord
 from lcexport.engines.files import resource_errors, sync_folder, write_bytes
 from lcexport.engines.folders import FolderLock
+from lcexport.engines.host import peak_rss_bytes, reset_peak_rss
 
 JOURNAL = ".journal.json"
 

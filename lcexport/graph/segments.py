@@ -15,10 +15,7 @@ from itertools import pairwise
 import onnx_ir as ir
 
 from lcexport.configs.errors import BuildError, ResourceError, UsageError
-
-# Measured on TensorRT for RTX: a build holds about three times the weights, and the compiler.
-BUILD_BYTES_PER_WEIGHT_BYTE = 3.1
-BUILD_BASE_BYTES = 512 << 20
+from lcexport.engines.trt.compile import BYTES_PER_WEIGHT_BYTE, FIXED_BYTES, build_bytes
 
 
 @dataclass(frozen=True)
@@ -153,10 +150,11 @@ def propose_segments(weights_bytes_per_block: int, depth: int, host_memory_bytes
     Raises:
         ResourceError: not even one block fits.
     """
-    room = host_memory_bytes - BUILD_BASE_BYTES
-    blocks = int(room / (BUILD_BYTES_PER_WEIGHT_BYTE * weights_bytes_per_block))
+    blocks = int(
+        (host_memory_bytes - FIXED_BYTES) / (BYTES_PER_WEIGHT_BYTE * weights_bytes_per_block)
+    )
     if blocks < 1:
-        needed = BUILD_BASE_BYTES + BUILD_BYTES_PER_WEIGHT_BYTE * weights_bytes_per_block
+        needed = build_bytes(weights_bytes_per_block)
         raise ResourceError(
             "the memory does not hold the build of one block",
             got=f"{host_memory_bytes / 1e9:.1f} GB",

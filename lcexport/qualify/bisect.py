@@ -21,10 +21,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from lcexport.builder.memory import available_memory_bytes
 from lcexport.compare import STEP_TOLERANCE, Difference, Tolerance, difference
 from lcexport.configs.errors import IncompatibleError
 from lcexport.dit import LongCatDiT
+from lcexport.engines.host import available_memory_bytes
 from lcexport.engines.trt.product import version_from
 from lcexport.golden import branch_inputs, golden_inputs
 from lcexport.qualify.claims import Check, Claim, Result, judged, untested

@@ -12,7 +12,7 @@ import torch
 
 from lcexport.engines import open_engine
 from lcexport.engines.bundle import open_bundle
-from lcexport.engines.trt.compile import process_memory
+from lcexport.engines.host import peak_rss_bytes
 from lcexport.golden import golden_inputs, run_branch
 
 
@@ -32,7 +32,7 @@ def cold_start(folder: str, resolution: str, backend: str, device: str) -> dict[
         if on_gpu:
             got["device_bytes_run"] = at_start - torch.cuda.mem_get_info(where)[0]
             got["torch_peak_bytes"] = torch.cuda.max_memory_allocated(where)
-        got["host_peak_bytes"] = process_memory("VmHWM")
+        got["host_peak_bytes"] = peak_rss_bytes()
     return got
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from lcexport.builder.memory import available_memory_bytes
 from lcexport.configs.dit import DiTConfig
 from lcexport.dit import LongCatDiT
 from lcexport.eager import dit_from_files
 from lcexport.engines import COMPILED, Engine, open_engine
 from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle, EngineRecord, GraphRecord
+from lcexport.engines.host import available_memory_bytes
 
 
 @dataclass(frozen=True)

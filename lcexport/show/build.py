@@ -22,6 +22,8 @@ def show_plan(plan: Plan) -> None:
     needs.add_row(
         "memory to build", amount(plan.build_memory_bytes), amount(plan.memory_free_bytes)
     )
+    if plan.plans_per_engine:
+        needs.add_row("plans of each TensorRT engine", str(plan.plans_per_engine), "")
     needs.add_row("weights file", amount(plan.weights_bytes), "")
     for size in plan.sizes:
         name = size.resolution

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcexport.builder import BuildOptions, build, run
-from lcexport.builder.memory import peak_rss_bytes
 from lcexport.checkpoint import read_header, stream
 from lcexport.configs import preset_from
 from lcexport.configs.errors import BuildError, InputError, ResourceError, UsageError
 from lcexport.engines import open_engine
 from lcexport.engines.bundle import MANIFEST, WEIGHTS, open_bundle, read_manifest
+from lcexport.engines.host import peak_rss_bytes
 from lcexport.golden import BRANCHES, read_golden, run_branch
 
 SIZE, GRAPH, GOLDEN = "64x96x9", "dit.64x96x9.onnx", "golden/64x96x9.safetensors"

@@ -118,6 +118,32 @@ def test_an_export_needs_little_memory_whatever_the_model(demo_checkpoint, optio
 
 
 @pytest.mark.parametrize(
+    ("free_gb", "changes", "plans", "most_gb"),
+    [
+        (24, {}, 4, 23),  # a quarter of the weights at a time
+        (100, {}, 1, 90),
+        (24, {"segments": 8}, 8, 12),
+        (24, {"weights": "shared"}, 3, 1),  # one plan for each function, whatever the depth
+    ],
+)
+def test_tensorrt_is_cut_for_the_memory(
+    demo_checkpoint, options, plenty, free_gb, changes, plans, most_gb
+):
+    plenty.memory = free_gb * 10**9
+    checkpoint = replace(open_checkpoint(demo_checkpoint), config=RELEASED)
+    asked = {"precision": "bf16", "only": "compile", "backends": ("tensorrt-rtx",), **changes}
+    made = make_plan(checkpoint, options.model_copy(update=asked))
+    assert made.plans_per_engine == plans
+    assert made.build_memory_bytes < most_gb * 1e9
+    inside = asked.get("weights") != "shared"
+    assert (made.disk_needed_bytes > 2 * made.weights_bytes) is inside
+
+
+def test_other_engines_have_no_plans(demo_checkpoint, options):
+    assert make_plan(open_checkpoint(demo_checkpoint), options).plans_per_engine == 0
+
+
+@pytest.mark.parametrize(
     ("changes", "match"),
     [
         ({"islands": "original"}, "needs precision bf16"),

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lcexport.builder import memory
-from lcexport.builder.memory import available_memory_bytes, total_memory_bytes
+from lcexport.engines import host
+from lcexport.engines.host import available_memory_bytes, total_memory_bytes
 
 MACHINE = "MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 800 kB\n"
 TOTAL, FREE = 1000 * 1024, 800 * 1024
@@ -18,7 +18,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def make(groups: str | None, files: dict[str, object]) -> None:
         for name in ("MEMINFO", "CGROUP", "CGROUPS"):
-            monkeypatch.setattr(memory, name, tmp_path / name)
+            monkeypatch.setattr(host, name, tmp_path / name)
         (tmp_path / "MEMINFO").write_text(MACHINE)
         if groups is not None:
             (tmp_path / "CGROUP").write_text(groups + "\n")
