@@ -108,12 +108,15 @@ def open_engine(
     resolution: str,
     device: str = "cpu",
     like: Engine | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Engine:
     """Open `backend`'s engine for one resolution of a bundle.
 
     Args:
         like: an open engine of the same backend, bundle and device: what memory the two can share,
             they do, and must not run at the same time. ONNX Runtime shares none.
+        options: how the backend runs it; only TensorRT's have any: `weight_budget` (bytes of
+            streamed weights that may stay on the device, or "auto") and `cuda_graph`.
 
     Raises:
         UsageError: no such backend, or the bundle holds no such resolution.
@@ -121,7 +124,11 @@ def open_engine(
     """
     require_backend(backend, bundle.manifest.precision, device)
     module = import_module(backend_module(backend))
-    return module.open_engine(backend, bundle, resolution, device, like)
+    if not options:
+        return module.open_engine(backend, bundle, resolution, device, like)
+    if backend not in COMPILED:
+        raise UsageError(f"{backend} has no options of its own", got=", ".join(options))
+    return module.open_engine(backend, bundle, resolution, device, like, options)
 
 
 def require_backend(backend: str, precision: str, device: str) -> None:

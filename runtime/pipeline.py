@@ -4,7 +4,7 @@ Not thread-safe: one pipeline, one thread; only a CancelToken may be used from a
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ def load(
     *,
     offload: Offload = "keep",
     engine: Engine | None = None,
+    engine_options: Mapping[str, object] | None = None,
     check_hashes: bool = False,
 ) -> "Pipeline":
     """Open a bundle for generation.
@@ -61,6 +62,7 @@ def load(
         offload: where the text encoder and the VAE wait: "keep" on the device, "cpu", or
             "release" to load them for each use.
         engine: use this open engine instead of opening one; it stays the caller's to close.
+        engine_options: how the backend runs its engine; see `lcexport.engines.open_engine`.
         check_hashes: compare every file's SHA-256, the large ones included.
 
     Raises:
@@ -78,14 +80,16 @@ def load(
     dtype = torch.bfloat16 if bundle.manifest.precision == "bf16" else torch.float32
     with ExitStack() as stack:
         if engine is None:
-            engine = stack.enter_context(open_engine(backend, bundle, resolution, device))
+            opened = open_engine(backend, bundle, resolution, device, None, engine_options)
+            engine = stack.enter_context(opened)
         check_engine(engine, graph)
         make_text = partial(TextEncoder, bundle.folder, graph.preset.text_tokens, dtype)
         text = Resident(make_text, where, offload)
         stack.callback(text.close)
         decoder = Resident(partial(VideoDecoder, bundle.folder, dtype), where, offload)
         stack.callback(decoder.close)
-        return Pipeline(bundle, graph, engine, text, decoder, shift, stack.pop_all())
+        parts = (engine, text, decoder, shift)
+        return Pipeline(bundle, graph, *parts, stack.pop_all(), engine_options)
 
 
 class Pipeline:
@@ -100,10 +104,11 @@ class Pipeline:
         decoder: Resident[VideoDecoder],
         shift: float,
         resources: ExitStack,
+        engine_options: Mapping[str, object] | None = None,
     ) -> None:
         self.bundle, self.preset, self.engine, self.shift = bundle, graph.preset, engine, shift
         self._text, self._decoder = text, decoder
-        self._resources = resources
+        self._resources, self._engine_options = resources, engine_options
         self._closed = False
 
     @overload
@@ -217,11 +222,12 @@ class Pipeline:
             )
         own = self.engine
         with ExitStack() as stack:
-            engine = open_engine(own.backend, self.bundle, resolution, str(own.device), own)
+            where, how = str(own.device), self._engine_options
+            engine = open_engine(own.backend, self.bundle, resolution, where, own, how)
             stack.enter_context(engine)
             check_engine(engine, graph)
-            components = self._text, self._decoder, self.shift
-            other = Pipeline(self.bundle, graph, engine, *components, stack.pop_all())
+            parts = (engine, self._text, self._decoder, self.shift)
+            other = Pipeline(self.bundle, graph, *parts, stack.pop_all(), how)
         self._resources.callback(other.close)
         return other
 

@@ -136,6 +136,26 @@ def test_scripts_can_ask_the_doctor(run, monkeypatch, words, code, message):
     assert len(err.splitlines()) == (1 if code else 0)
 
 
+@pytest.mark.parametrize("word", ["refit", "=true", "refit="])
+def test_options_of_an_engine_are_names_and_values(run, demo_checkpoint, tmp_path, word):
+    more = ["--trt", "refit=true"] if word == "refit=" else []
+    word = "refit=false" if more else word
+    code, _, err = run(
+        "build", "--model", demo_checkpoint, "-o", tmp_path / "b", "--trt", word, *more
+    )
+    assert code == 2
+    assert "wanted name=value, once" in err
+
+
+def test_an_engine_without_options_takes_none(run, demo_bundle, tmp_path):
+    code, _, err = run(
+        "generate", demo_bundle, "--prompt", "x", "--out", tmp_path / "x.mp4",
+        "--engine", "cuda_graph=true",
+    )  # fmt: skip
+    assert code == 2
+    assert "onnxruntime has no options of its own; got cuda_graph" in err
+
+
 def test_plan_counts_tokens_and_writes_nothing(run, demo_checkpoint, tmp_path):
     code, out, _ = run(
         "plan", "--model", demo_checkpoint, "--res", "480p", "--only", "export",

@@ -1,6 +1,11 @@
 """The `tensorrt` and `tensorrt-rtx` backends: a bundle's plans, opened and ready to run."""
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Literal
+
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file
 
 from lcexport.configs.errors import IncompatibleError, UsageError
@@ -45,6 +50,7 @@ def open_engine(
     resolution: str,
     device: str = "cuda",
     like: Engine | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> TrtEngine:
     """Open the plans of one resolution on a GPU, each file's SHA-256 checked as it is read.
 
@@ -57,6 +63,7 @@ def open_engine(
             that rebuilds.
     """
     engine_record(bundle, backend, resolution)
+    how = run_options(options or {})
     where = torch.device(device)
     if where.type != "cuda":
         raise IncompatibleError(
@@ -66,7 +73,29 @@ def open_engine(
     here = read_here(product, where)
     shared = like if isinstance(like, TrtEngine) else None
     workspace = shared.workspace if shared else Workspace(CudaOps(where))
-    return engine_from(product, here, bundle, resolution, workspace, shared)
+    return engine_from(product, here, bundle, resolution, workspace, shared, how)
+
+
+class Asked(BaseModel):
+    """What a caller may ask for in words; `RunOptions` describes it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weight_budget: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
+    cuda_graph: bool = False
+
+
+def run_options(given: Mapping[str, object]) -> RunOptions:
+    """Options by their names. UsageError names the one that is wrong."""
+    try:
+        return RunOptions(**Asked.model_validate(dict(given)).model_dump())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(
+            f"TensorRT engines do not take the option {first['loc'][0]}: {first['msg']}",
+            got=repr(given.get(str(first["loc"][0]))),
+            wanted=f"one of {', '.join(Asked.model_fields)}",
+        ) from error
 
 
 def engine_from(
@@ -76,6 +105,7 @@ def engine_from(
     resolution: str,
     workspace: Workspace,
     like: TrtEngine | None = None,
+    options: RunOptions | None = None,
 ) -> TrtEngine:
     """The engine of a bundle's plans, in a workspace."""
     record = engine_record(bundle, product.name, resolution)
@@ -83,11 +113,11 @@ def engine_from(
         f"lcexport build --model CHECKPOINT --res {resolution} --precision bf16 "
         f"--backend {product.name} -o NEW"
     )
-    weights, options = SharedWeights(), RunOptions()
+    weights, options = SharedWeights(), options or RunOptions()
     if record.calls:
         weights = shared_weights(bundle, workspace.ops.device, like)
     elif record.options["strip_plan"]:
-        options = RunOptions(weights=load_file(bundle.path(WEIGHTS)))
+        options = replace(options, weights=load_file(bundle.path(WEIGHTS)))
     return open_plans(
         product,
         plan_files(bundle, record),

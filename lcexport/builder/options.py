@@ -1,7 +1,7 @@
 """What a build is asked to do: one frozen record, from the command line to the manifest."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -120,14 +120,14 @@ def options_from(
     output: Path | None = None,
     backends: str = "onnxruntime",
     targets: str | None = None,
-    trt: Sequence[str] = (),
+    trt: Mapping[str, str] | None = None,
     **fields: object,
 ) -> BuildOptions:
     """Options from the command line's words.
 
     Args:
         res, backends, targets: separated by commas.
-        trt: `name=value` for fields of `TrtOptions`; `targets` are its compute capabilities.
+        trt: fields of `TrtOptions`; `targets` are its compute capabilities.
 
     Raises:
         UsageError: an unknown resolution, backend or value, or options that contradict.
@@ -139,7 +139,7 @@ def options_from(
         backend_module(name)
     output = output or default_output(model, presets, str(fields.get("precision", "fp32")))
     given = {"model": model, "output": output, "presets": presets, "backends": engines, **fields}
-    given["trt"] = trt_fields(trt, targets)
+    given["trt"] = trt_fields(trt or {}, targets)
     try:
         return BuildOptions.model_validate(given)
     except ValidationError as error:
@@ -149,22 +149,18 @@ def options_from(
         raise UsageError(f"{where}: {message}" if where else message) from error
 
 
-def trt_fields(words: Sequence[str], targets: str | None) -> dict[str, object]:
-    """The fields named by `name=value` words, not yet checked for their values."""
-    fields: dict[str, object] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not equals or name not in TrtOptions.model_fields or name in fields:
+def trt_fields(given: Mapping[str, str], targets: str | None) -> dict[str, object]:
+    """The fields of TensorRT's options, not yet checked for their values."""
+    for name in given:
+        if name not in TrtOptions.model_fields:
             raise UsageError(
-                "--trt takes an option of TensorRT and its value, each once",
-                got=repr(word),
-                wanted=f"name=value with {', '.join(TrtOptions.model_fields)}",
+                "TensorRT has no such option here",
+                got=repr(name),
+                wanted=f"one of {', '.join(TrtOptions.model_fields)}",
             )
-        fields[name] = value
-    if targets:
-        fields["compute_capabilities"] = targets
-    if isinstance(given := fields.get("compute_capabilities"), str):
-        fields["compute_capabilities"] = tuple(part.strip() for part in given.split(","))
+    fields: dict[str, object] = dict(given)
+    if targets := targets or given.get("compute_capabilities"):
+        fields["compute_capabilities"] = tuple(part.strip() for part in targets.split(","))
     return fields
 
 

@@ -1,11 +1,13 @@
 """The application object, and what several commands share: options, progress, small parsing."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from lcexport.configs.errors import UsageError
 
 app = typer.Typer(
     name="lcexport",
@@ -30,6 +32,17 @@ BundleArgument = Annotated[Path, typer.Argument(help="The bundle's folder.")]
 def names(text: str | None) -> tuple[str, ...] | None:
     """A list separated by commas."""
     return tuple(part.strip() for part in text.split(",")) if text else None
+
+
+def pairs(words: Iterable[str]) -> dict[str, str]:
+    """`name=value` words, each name once."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals) or name in found:
+            raise UsageError("not a name and its value", got=repr(word), wanted="name=value, once")
+        found[name] = value
+    return found
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lcexport.cli.app import DeviceOption, IslandsOption, JsonOption, app, progress_bars
+from lcexport.cli.app import DeviceOption, IslandsOption, JsonOption, app, pairs, progress_bars
 from lcexport.configs.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def build(
     options = options_from(
         model=model, res=res, output=output, precision=precision, islands=islands,
         backends=backend, batch=batch, device=device, only=only, weights=weights,
-        segments=segments, targets=targets, trt=trt or (), ep_context=ep_context,
+        segments=segments, targets=targets, trt=pairs(trt or ()), ep_context=ep_context,
         add=add, resume=resume,
     )  # fmt: skip
     if dry_run:

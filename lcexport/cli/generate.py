@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lcexport.cli.app import BundleArgument, DeviceOption, JsonOption, app, progress_bars
+from lcexport.cli.app import BundleArgument, DeviceOption, JsonOption, app, pairs, progress_bars
 
 if TYPE_CHECKING:
     from lcexport.runtime import StepEvent
@@ -33,6 +33,13 @@ def generate(
         float | None, typer.Option(help="1 for none; the preset's by default.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How a TensorRT engine runs: weight_budget=BYTES or auto, cuda_graph=true; may be "
+            "repeated."
+        ),
+    ] = None,
     check_hashes: Annotated[
         bool, typer.Option("--check-hashes", help="Hash the large files too, before opening them.")
     ] = False,
@@ -57,6 +64,7 @@ def generate(
             res or next(iter(manifest.graphs)),
             backend or manifest.default_backend,
             device,
+            engine_options=pairs(engine or ()),
             check_hashes=check_hashes,
             offload=offload,  # pyright: ignore[reportArgumentType]  # checked by `load`
         ) as pipe,

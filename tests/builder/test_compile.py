@@ -229,12 +229,12 @@ def test_a_compiler_that_crashes_here_is_refused_before_anything_is_built(
     ("given", "match"),
     [
         ({"weights": "shared", "segments": 2}, "shared weights have no segments"),
-        ({"weights": "shared", "trt": ["refit=true"]}, "shared weights have no refit"),
+        ({"weights": "shared", "trt": {"refit": "true"}}, "shared weights have no refit"),
         ({"weights": "shared", "ep_context": True}, "shared weights have no EPContext model"),
         ({"backends": "onnxruntime", "segments": 2}, "need a TensorRT backend"),
-        ({"trt": ["optimization_level=6"]}, "trt.optimization_level: .*less than or equal to 5"),
-        ({"trt": ["optimisation=3"]}, "got 'optimisation=3'; wanted name=value with workspace_b"),
-        ({"trt": ["refit"]}, "got 'refit'"),
+        ({"trt": {"optimization_level": "6"}}, "trt.optimization_level: .*equal to 5"),
+        ({"trt": {"optimisation": "3"}}, "got 'optimisation'; wanted one of workspace_bytes"),
+        ({"trt": {"refit": "perhaps"}}, "trt.refit: .*boolean"),
         ({"targets": "sm89,sm89"}, "named twice: sm89"),
     ],
 )
@@ -244,7 +244,7 @@ def test_options_that_contradict_are_refused(given, match):
 
 
 def test_tensorrts_options_come_from_words():
-    words = ["optimization_level=5", "weight_streaming=true", "workspace_bytes=1073741824"]
+    words = {"optimization_level": "5", "weight_streaming": "on", "workspace_bytes": "1073741824"}
     options = options_from(
         res=SIZE, backends=BACKEND, precision="bf16", trt=words, targets="sm89, sm120"
     )

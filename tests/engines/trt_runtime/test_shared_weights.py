@@ -11,7 +11,7 @@ from trt_plans import plan_file
 
 from lcexport.builder.compile import call_records, part_units
 from lcexport.compare import STEP_TOLERANCE, difference
-from lcexport.configs.errors import IntegrityError
+from lcexport.configs.errors import IntegrityError, UsageError
 from lcexport.engines.bundle import (
     Bundle,
     EngineRecord,
@@ -19,10 +19,11 @@ from lcexport.engines.bundle import (
     open_bundle,
 )
 from lcexport.engines.ort import OrtEngine
-from lcexport.engines.trt.backend import engine_from
+from lcexport.engines.trt.backend import engine_from, run_options
 from lcexport.engines.trt.memory import Workspace
 from lcexport.engines.trt.reader import Here, this_platform
-from lcexport.golden import BRANCHES, read_golden, run_branch
+from lcexport.engines.trt.runtime import RunOptions
+from lcexport.golden import BRANCHES, branch_inputs, read_golden, run_branch
 from lcexport.graph.parts import parts_of
 
 SIZE, OTHER = "64x96x9", "96x64x9"
@@ -165,6 +166,39 @@ def test_the_engine_gives_its_plans_back_and_leaves_the_weights_to_the_other(ope
     golden = read_golden(bundle, OTHER)
     error = difference(run_branch(second, golden, "cond"), golden["velocity_cond"])
     assert STEP_TOLERANCE["fp32"].holds(error)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"weight_budget": "-1"}, "weight_budget.*got '-1'"),
+        ({"weight_budget": "much"}, "weight_budget"),
+        ({"budget": 3}, "the option budget.*wanted one of weight_budget, cuda_graph"),
+        ({"cuda_graph": "true", "weight_budget": "auto"}, "exclude each other"),
+    ],
+)
+def test_options_that_an_engine_does_not_take(given, match):
+    with pytest.raises(UsageError, match=match):
+        run_options(given)
+
+
+def test_options_come_from_words():
+    assert run_options({"weight_budget": "1024"}) == RunOptions(weight_budget=1024)
+    assert run_options({"cuda_graph": "true"}) == RunOptions(cuda_graph=True)
+    assert run_options({}) == RunOptions()
+
+
+def test_a_recorded_run_of_shared_weights_is_replayed(bundle, open_size, ops):
+    engine, golden = open_size(options=RunOptions(cuda_graph=True)), read_golden(bundle, SIZE)
+    inputs = branch_inputs(golden, "cond")
+    output = torch.empty_like(golden["velocity_cond"])
+    for _ in range(2):
+        engine.run(inputs, {"velocity": output})
+    wanted = output.clone()
+    del ops.events[:]
+    engine.run(inputs, {"velocity": output.fill_(torch.nan)})
+    assert ops.events == ["enter", "replay", "leave"]
+    assert torch.equal(output, wanted)
 
 
 def test_the_block_is_deserialised_once(open_size, workspace: Workspace):
