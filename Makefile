@@ -72,7 +72,7 @@ demo: $(VENV)/run.stamp $(VENV)/rtx.stamp  ## a small checkpoint, its bundles, a
 	    "  $(BIN)/lcexport doctor" \
 	    "  $(BIN)/lcexport inspect demo/bundle" \
 	    "  $(BIN)/lcexport verify demo/bundle --level video" \
-	    "  $(BIN)/lcexport build --model demo/checkpoint --res 160x256x9 --add -o demo/bundle" \
+	    "  $(BIN)/lcexport build --res 160x256x9 --add -o demo/bundle" \
 	    "  $(BIN)/lcexport plan --model demo/checkpoint --res 480p,720p --only export"
 
 test: $(VENV)/dev.stamp  ## all tests that need no GPU

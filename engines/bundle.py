@@ -160,6 +160,11 @@ class Manifest(Frozen):
     @property
     def default_backend(self) -> str:
         """The first engine the bundle was built with; UsageError where it has none."""
+        if not self.backends and self.engines:
+            raise UsageError(
+                "the bundle's engines were compiled and not run where it was built",
+                do=f"Name one: --backend {next(iter(self.engines))} --device cuda.",
+            )
         if not self.backends:
             raise UsageError(
                 "the bundle was exported without engines", do="Name one: --backend onnxruntime."

@@ -93,7 +93,7 @@ class OrtEngine:
         ):
             for spec in specs:
                 tensor = tensors[spec.name]
-                spec.check(tensor)
+                spec.check(tensor, self.device)
                 bind(
                     name=spec.name,
                     device_type=self.device.type,

@@ -8,10 +8,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file
 
-from lcexport.configs.errors import IncompatibleError, UsageError
+from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
 from lcexport.engines import Engine
 from lcexport.engines.bundle import WEIGHTS, Bundle, CallRecord, EngineRecord
 from lcexport.engines.trt.memory import CudaOps, Workspace, missing_gpu
+from lcexport.engines.trt.options import targets
 from lcexport.engines.trt.product import Product, open_product
 from lcexport.engines.trt.reader import BuiltFor, Here, PlanFile, read_here
 from lcexport.engines.trt.runtime import RunOptions, SharedWeights, TrtEngine, open_plans
@@ -33,7 +34,14 @@ def require(backend: str, precision: str, device: torch.device) -> None:
         raise UsageError(f"unknown device for {backend}", got=repr(str(device)), wanted="cpu, cuda")
     product = open_product(backend)
     if device.type == "cuda":
-        read_here(product, device)
+        here = read_here(product, device)
+        if product.is_rtx and here.compute_capability not in (known := targets(product)):
+            raise IncompatibleError(
+                f"{product} does not run on this GPU",
+                got=f"{here.gpu}, {here.compute_capability}",
+                wanted=f"one of {', '.join(known)}",
+                do="Use --backend tensorrt.",
+            )
     elif not product.is_rtx:
         missing = missing_gpu()
         raise IncompatibleError(
@@ -52,7 +60,10 @@ def open_engine(
     like: Engine | None = None,
     options: Mapping[str, object] | None = None,
 ) -> TrtEngine:
-    """Open the plans of one resolution on a GPU, each file's SHA-256 checked as it is read.
+    """Open the plans of one resolution on a GPU, each plan's SHA-256 checked as it is read.
+
+    Weights outside the plans are as large as the bundle's other large file, and like it hashed only
+    where the bundle was opened so.
 
     With an open engine to be `like`, both use one workspace and, where their plans take them from
     outside, one set of weights; they must not run at the same time.
@@ -116,6 +127,11 @@ def engine_from(
     weights, options = SharedWeights(), options or RunOptions()
     if record.calls:
         weights = shared_weights(bundle, workspace.ops.device, like)
+        wanted = {
+            call.prefix + w.name for call in record.calls for w in record.plans[call.plan].weights
+        }
+        if lacking := sorted(wanted - set(weights.tensors)):
+            raise IntegrityError("the weights file lacks weights of the engine", got=lacking[:5])
     elif record.options["strip_plan"]:
         options = replace(options, weights=load_file(bundle.path(WEIGHTS)))
     return open_plans(

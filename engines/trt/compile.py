@@ -10,7 +10,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -74,6 +74,7 @@ def compile_plan(
     cancel: Cancel | None = None,
     log: MessageLog | None = None,
     check_memory: bool = True,
+    refittable: Iterable[str] = (),
 ) -> PlanReport:
     """Parse, check and compile `graph`; `output` appears whole or not at all.
 
@@ -82,6 +83,7 @@ def compile_plan(
         on_progress: called with a fraction that never falls, and the builder's own phase names.
         cancel: asked at every step of the builder; True stops it.
         check_memory: refuse where the host has less memory than the build is likely to need.
+        refittable: names of the weights that refitting may set, where the options ask for it.
 
     Raises:
         UsageError, IncompatibleError: an option this product or machine does not have.
@@ -100,6 +102,8 @@ def compile_plan(
     cache = None if path is None else load_timing_cache(config, path)
     parsed = parse_network(product, builder, logger, log, graph, graph_path)
     summary = check_network(product, parsed.network, expectations, graph_path)
+    if options.refit or options.strip_plan:
+        mark_refittable(parsed.network, refittable, graph_path)
     if check_memory:
         require_memory(summary.weights_bytes)
     progress = Progress(on_progress, cancel)
@@ -112,8 +116,11 @@ def compile_plan(
                 raise stopped
         if not built or sink.written == 0:
             raise build_error(product, options, log, parsed.network, graph_path)
-        if path is not None:
+    if path is not None:
+        try:
             merge_timing_cache(config, path)
+        except LcexportError as error:  # the plan is made; the next one only takes longer
+            log.add("WARNING", f"what was measured is not kept: {error}")
     del cache, monitor  # the builder held no reference of its own to either
     return PlanReport(
         bytes=sink.written,
@@ -123,6 +130,13 @@ def compile_plan(
         version=str(product),
         summary=summary,
     )
+
+
+def mark_refittable(network: TensorRT.INetworkDefinition, names: Iterable[str], path: Path) -> None:
+    """Let refitting set these weights and no others. BuildError names one there is not."""
+    for name in names:
+        if not network.mark_weights_refittable(name):
+            raise BuildError(f"{path.name} has no weight that refitting could set", got=name)
 
 
 def serialize(

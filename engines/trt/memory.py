@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,6 +32,10 @@ class DeviceOps(Protocol):
     @property
     def stream(self) -> int:
         """The stream's handle, as `execute_async_v3` takes it."""
+        ...
+
+    def active(self) -> AbstractContextManager[object]:
+        """Make the device the current one, which is where TensorRT works."""
         ...
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -63,6 +68,9 @@ class CudaOps:
         self.device = torch.device("cuda", number)
         self._stream = torch.cuda.Stream(self.device)
         self.stream = self._stream.cuda_stream
+
+    def active(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         # On the stream: torch hands freed memory on in the order of the stream it came from.
@@ -176,6 +184,13 @@ def torch_dtype(trt: TensorRT, dtype: TensorRT.DataType) -> torch.dtype:
             wanted=", ".join(str(kind).removeprefix("torch.") for kind in known.values()),
         )
     return known[dtype]
+
+
+def gpu_of(device: torch.device) -> str | None:
+    """A GPU's own name, for CUDA_VISIBLE_DEVICES; None of a processor."""
+    if device.type != "cuda":
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def driver_version() -> str | None:

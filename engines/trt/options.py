@@ -31,7 +31,7 @@ class TrtOptions(BaseModel):
         version_compatible: run with newer versions of TensorRT (TensorRT only).
         weight_streaming: weights may stay on the host and come as they are needed.
         strip_plan: leave the weights out; they are put back by refitting.
-        refit: weights may be exchanged by others. Without it, a stripped plan takes only its own.
+        refit: weights may be exchanged by others.
         compute_capabilities: GPUs to compile for, such as `sm89` (TensorRT for RTX only); all
             that the product targets by itself where empty.
         max_threads: threads of the builder; TensorRT's own choice where None.
@@ -131,10 +131,9 @@ def builder_flags(product: Product, options: TrtOptions) -> list[TensorRT.Builde
         flags.append(trt.BuilderFlag.WEIGHT_STREAMING)
     if options.strip_plan:
         flags.append(trt.BuilderFlag.STRIP_PLAN)
-    if options.refit:
-        flags.append(trt.BuilderFlag.REFIT)
-    elif options.strip_plan:
-        flags.append(trt.BuilderFlag.REFIT_IDENTICAL)
+    if options.refit or options.strip_plan:
+        # The weights of the bundle and no others: constants of the graph's own stay in the plan.
+        flags.append(trt.BuilderFlag.REFIT_INDIVIDUAL)
     return flags
 
 

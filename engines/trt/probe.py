@@ -46,12 +46,12 @@ class ProductState:
     crashed: bool = False
 
 
-def probe(name: ProductName) -> ProductState:
+def probe(name: ProductName, gpu: str | None = None) -> ProductState:
     """Ask a child to load `name` and to make a builder; whatever happens to it is an answer."""
     try:
         done = subprocess.run(
             (*COMMAND, name),
-            env=child_environment(),
+            env=child_environment(gpu),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=SECONDS,
@@ -70,9 +70,9 @@ def probe(name: ProductName) -> ProductState:
     return ProductState(**value, error=error and error_from(error))
 
 
-def require_builder(name: ProductName) -> None:
+def require_builder(name: ProductName, gpu: str | None = None) -> None:
     """Raise the error that stands between `name` and a builder on this machine, if one does."""
-    if (error := probe(name).error) is not None:
+    if (error := probe(name, gpu).error) is not None:
         raise error
 
 

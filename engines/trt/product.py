@@ -206,6 +206,21 @@ def logger_for(product: Product, log: MessageLog) -> TensorRT.ILogger:
     return Logger()
 
 
+_RUNTIME_LOGGERS: dict[int, tuple[Product, TensorRT.ILogger, MessageLog]] = {}  # by their module
+
+
+def shared_logger(product: Product) -> tuple[TensorRT.ILogger, MessageLog]:
+    """The one logger of this process's runtimes, and what it filled; never given back.
+
+    TensorRT keeps the first logger it is handed and ignores others, whoever frees the first.
+    """
+    key = id(product.trt)  # which stays its own, as the product is kept
+    if key not in _RUNTIME_LOGGERS:
+        log = MessageLog()
+        _RUNTIME_LOGGERS[key] = product, logger_for(product, log), log
+    return _RUNTIME_LOGGERS[key][1:]
+
+
 def builder_for(
     product: Product, logger: TensorRT.ILogger, log: MessageLog | None = None
 ) -> TensorRT.Builder:

@@ -22,8 +22,8 @@ import torch
 
 from lcexport.configs.errors import ResourceError, UsageError
 from lcexport.engines import TensorSpec
-from lcexport.engines.trt.memory import Workspace, aligned, gib, place
-from lcexport.engines.trt.product import MessageLog, Product, logger_for
+from lcexport.engines.trt.memory import ALIGNMENT, Workspace, aligned, gib, place
+from lcexport.engines.trt.product import Product, shared_logger
 from lcexport.engines.trt.reader import (
     BuiltFor,
     Here,
@@ -33,7 +33,7 @@ from lcexport.engines.trt.reader import (
     deserialize,
 )
 from lcexport.engines.trt.refit import overwrite, refit_from_weights
-from lcexport.engines.trt.steps import Call, Step, make_context, refused, step_from, wire
+from lcexport.engines.trt.steps import Call, Context, Step, make_context, refused, step_from, wire
 
 if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
@@ -74,10 +74,11 @@ class SharedWeights:
 
 @dataclass
 class Bound:
-    """What the contexts point at, and the recorded work once there is some."""
+    """Where the caller's tensors, the block and all tensors are, and the recorded work."""
 
     addresses: dict[str, int] = field(default_factory=dict)
     base: int = 0
+    places: dict[str, int] = field(default_factory=dict)
     replay: Callable[[], None] | None = None
 
 
@@ -143,30 +144,33 @@ class TrtEngine:
         self.backend, self.device = product.name, workspace.ops.device
         self.workspace, self.shared_weights = workspace, shared_weights or SharedWeights()
         self._product, self._options = product, options or RunOptions()
-        self._log = MessageLog()
-        self._logger = logger_for(product, self._log)  # outlives all that is made with it
+        self._logger, self._log = shared_logger(product)
+        self._log.errors.clear()  # what an earlier engine left is no reason for this one
         self._engines: list[TensorRT.ICudaEngine] = []
+        self._contexts: list[Context] = []
         self._steps: list[Step] = []
         self._bound = Bound()
-        self._runtime: TensorRT.Runtime | None = product.trt.Runtime(self._logger)
+        self._runtime: TensorRT.Runtime | None = None
         try:
-            if host_code:
-                self._runtime.engine_host_code_allowed = True
-            for plan in plans:
-                self._engines.append(self._open(plan))
-            for call in calls or [Call(index) for index in range(len(plans))]:
-                self._steps.append(step_from(product, self._engines[call.plan], call))
-            self._prepare()
+            with workspace.ops.active():
+                self._open(plans, host_code)
+                for call in calls or [Call(index) for index in range(len(plans))]:
+                    self._steps.append(step_from(product, self._engines[call.plan], call))
+                self._prepare()
         except BaseException as error:
             # The traceback's frames hold engines, which must not outlive the runtime.
             traceback.clear_frames(error.__traceback__)
             self.close()
             raise
 
-    def _open(self, plan: PlanFile) -> TensorRT.ICudaEngine:
-        assert self._runtime is not None
-        with VerifiedPlan(plan) as verified:
-            return deserialize(self._product, self._runtime, verified, self._log)
+    def _open(self, plans: Sequence[PlanFile], host_code: bool) -> None:
+        self._runtime = self._product.trt.Runtime(self._logger)
+        if host_code:
+            self._runtime.engine_host_code_allowed = True
+        for plan in plans:
+            with VerifiedPlan(plan) as verified:
+                engine = deserialize(self._product, self._runtime, verified, self._log)
+                self._engines.append(engine)
 
     def _prepare(self) -> None:
         """Weights, then the budget, then contexts: TensorRT allows no other order."""
@@ -176,10 +180,10 @@ class TrtEngine:
         if self._options.weights is not None:
             self.refit(self._options.weights)
         set_weight_budget(self._engines, self._options)
-        for step in self._steps:
-            make_context(self._product, self._engines[step.plan], step, self._log)
+        for engine in self._engines:
+            self._contexts.append(make_context(self._product, engine, self._log))
         # Scratch first, as only one step runs at a time; then what they hand on.
-        scratch = aligned(max(step.scratch_bytes for step in self._steps))
+        scratch = aligned(max(context.scratch_bytes for context in self._contexts))
         offsets, behind = place(wiring.internal)
         self._offsets = {name: scratch + offset for name, offset in offsets.items()}
         self.workspace_bytes = scratch + behind
@@ -195,21 +199,29 @@ class TrtEngine:
         if self._runtime is None:
             raise UsageError("the engine is closed")
         addresses = self._addresses(inputs, self.inputs) | self._addresses(outputs, self.outputs)
-        base = self.workspace.reserve(self.workspace_bytes)
         ops = self.workspace.ops
-        ops.enter()
-        try:
-            if (addresses, base) != (self._bound.addresses, self._bound.base):
-                self._bound = Bound()
-                self._bind(addresses, base)
-                self._enqueue()  # also the warm-up that recording needs
-                self._bound = Bound(addresses, base)
-                return
-            if self._options.cuda_graph and self._bound.replay is None:
-                self._bound.replay = ops.capture(self._enqueue)
-            (self._bound.replay or self._enqueue)()
-        finally:
-            ops.leave()
+        with ops.active():
+            base = self.workspace.reserve(self.workspace_bytes)
+            ops.enter()
+            try:
+                self._run(addresses, base)
+            finally:
+                ops.leave()
+
+    def _run(self, addresses: dict[str, int], base: int) -> None:
+        """Queue the steps, or replay what was recorded of them at these addresses."""
+        if (addresses, base) != (self._bound.addresses, self._bound.base):
+            self._bound = Bound()
+            bound = self._bind(addresses, base)
+            self._enqueue(bound)  # also the warm-up that recording needs
+            self._bound = bound
+            return
+        if self._options.cuda_graph and self._bound.replay is None:
+            self._bound.replay = self.workspace.ops.capture(lambda: self._enqueue(self._bound))
+        if self._bound.replay is None:
+            self._enqueue(self._bound)
+        else:
+            self._bound.replay()
 
     def _addresses(
         self, tensors: Mapping[str, torch.Tensor], specs: tuple[TensorSpec, ...]
@@ -219,26 +231,33 @@ class TrtEngine:
                 raise UsageError(f"engine tensor {spec.name} is missing", got=sorted(tensors))
             tensor = tensors[spec.name]
             spec.check(tensor)
+            if self.device.type == "cuda" and tensor.data_ptr() % ALIGNMENT:
+                raise UsageError(
+                    f"engine tensor {spec.name} is not aligned",
+                    got=f"{tensor.data_ptr() % ALIGNMENT} bytes off",
+                    wanted=f"an address that is a multiple of {ALIGNMENT}: no view into another",
+                )
             if tensor.device != self.device:
                 raise UsageError(
                     f"engine tensor {spec.name} is elsewhere", got=tensor.device, wanted=self.device
                 )
         return {spec.name: tensors[spec.name].data_ptr() for spec in specs}
 
-    def _bind(self, addresses: dict[str, int], base: int) -> None:
-        """Tell every context where its scratch and each of its tensors are."""
+    def _bind(self, addresses: dict[str, int], base: int) -> Bound:
+        """Tell every context where its scratch is, and note where each tensor is."""
+        for context in self._contexts:
+            if context.scratch_bytes:
+                context.ready.set_device_memory(base, context.scratch_bytes)
         made = {name: base + at for name, at in self._offsets.items()}
-        everything = {**self._weights, **addresses, **made}
-        for step in self._steps:
-            if step.scratch_bytes:
-                step.ready.set_device_memory(base, step.scratch_bytes)
-            for name, own_name in step.names.items():
-                if not step.ready.set_tensor_address(own_name, everything[name]):
-                    raise refused(self._log, f"set_tensor_address({name!r}) returned False")
+        return Bound(addresses, base, {**self._weights, **addresses, **made})
 
-    def _enqueue(self) -> None:
+    def _enqueue(self, bound: Bound) -> None:
         for number, step in enumerate(self._steps, start=1):
-            if not step.ready.execute_async_v3(self.workspace.ops.stream):
+            context = self._contexts[step.plan]
+            for name, own_name in step.names.items():
+                if not context.ready.set_tensor_address(own_name, bound.places[name]):
+                    raise refused(self._log, f"set_tensor_address({name!r}) returned False")
+            if not context.ready.execute_async_v3(self.workspace.ops.stream):
                 which = f" for step {number} of {len(self._steps)}"
                 raise refused(self._log, f"execute_async_v3 returned False{which}")
 
@@ -247,8 +266,9 @@ class TrtEngine:
         if self._runtime is None:
             raise UsageError("the engine is closed")
         form = self._product.trt.LayerInformationFormat.JSON
-        inspectors = [engine.create_engine_inspector() for engine in self._engines]
-        return tuple(inspector.get_engine_information(form) for inspector in inspectors)
+        with self.workspace.ops.active():
+            inspectors = [engine.create_engine_inspector() for engine in self._engines]
+            return tuple(inspector.get_engine_information(form) for inspector in inspectors)
 
     def refit(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Give every plan new weights, from the host; waits for work under way.
@@ -262,26 +282,29 @@ class TrtEngine:
         """
         if self._runtime is None:
             raise UsageError("the engine is closed")
-        self.workspace.ops.synchronize()
-        if self.shared_weights.tensors:
-            overwrite(self.shared_weights.tensors, weights)
-            return
-        self._bound = Bound()  # what was recorded may hold the old weights
-        for engine in self._engines:
-            refit_from_weights(self._product, self._logger, self._log, engine, weights)
+        with self.workspace.ops.active():
+            self.workspace.ops.synchronize()
+            if self.shared_weights.tensors:
+                overwrite(self.shared_weights.tensors, weights)
+                return
+            self._bound = Bound()  # what was recorded may hold the old weights
+            for engine in self._engines:
+                refit_from_weights(self._product, self._logger, self._log, engine, weights)
 
     def close(self) -> None:
         """Give everything back, after work under way: contexts, then engines, then the runtime."""
         if self._runtime is None:
             return
-        self.workspace.ops.synchronize()
-        self._bound = Bound()
-        for step in self._steps:
-            step.context = None  # a traceback may hold the step for longer than the runtime lives
+        with self.workspace.ops.active():
+            self.workspace.ops.synchronize()
+            self._bound = Bound()
+            for context in self._contexts:
+                context.raw = None  # a traceback may hold the object for longer than the runtime
+            self._contexts.clear()
+            self._engines.clear()
+            self._runtime = None
         self._steps.clear()
-        self._engines.clear()
         self.shared_weights = SharedWeights()
-        self._runtime = None
 
     def __enter__(self) -> Self:
         return self

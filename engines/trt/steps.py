@@ -2,7 +2,8 @@
 
 A segment is a plan that runs once. A plan whose weights come from outside can run many times, with
 other weights each time: one plan for all the blocks. Either way a run is a list of steps, and a
-step is one execution context and its tensors under the engine's names.
+plan has one execution context, whose tensors are set anew for each step: addresses count from the
+moment the work is queued, so a plan that runs often needs no more contexts than one that runs once.
 """
 
 from __future__ import annotations
@@ -36,23 +37,27 @@ class Call:
     names: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Step:
-    """One use of a plan: its tensors under the engine's names, the plan's name for each, and the
-    context, which the engine lets go first when it is closed.
-    """
+    """One use of a plan: its tensors under the engine's names, and the plan's name for each."""
 
     plan: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     names: dict[str, str]
-    context: TensorRT.IExecutionContext | None = None
-    scratch_bytes: int = 0
+
+
+@dataclass
+class Context:
+    """A plan's execution context, which is let go before its plan, whoever holds this object."""
+
+    scratch_bytes: int
+    raw: TensorRT.IExecutionContext | None
 
     @property
     def ready(self) -> TensorRT.IExecutionContext:
-        assert self.context is not None, "make_context comes first"
-        return self.context
+        assert self.raw is not None, "the engine is closed"
+        return self.raw
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Wiring:
 
 
 def step_from(product: Product, engine: TensorRT.ICudaEngine, call: Call) -> Step:
-    """A step that runs a deserialised plan, with no context yet."""
+    """A step that runs a deserialised plan."""
     names = call.names
     inputs, outputs = ports_of(product, engine)
     renamed = [
@@ -136,31 +141,32 @@ def do_not_fit(spec: TensorSpec, source: TensorSpec) -> IntegrityError:
     )
 
 
-def make_context(
-    product: Product, engine: TensorRT.ICudaEngine, step: Step, log: MessageLog
-) -> None:
-    """Create the context, without memory of its own, and fix its shapes.
+def make_context(product: Product, engine: TensorRT.ICudaEngine, log: MessageLog) -> Context:
+    """Create a plan's context, without memory of its own, and fix its shapes.
 
     Raises:
         ResourceError: TensorRT made none.
         LcexportError: it refused a shape, or lacks one.
     """
     trt = product.trt
-    # Asked for after the budget, which changes it.
-    step.scratch_bytes = engine.device_memory_size_v2
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-    step.context = engine.create_execution_context(strategy)
-    if step.context is None:
+    # Asked for after the budget, which changes it.
+    size = engine.device_memory_size_v2
+    context = Context(size, engine.create_execution_context(strategy))
+    if context.raw is None:
         raise ResourceError(
             "TensorRT made no execution context",
             got=said(log, "create_execution_context returned None"),
             do="Most often the device is out of memory: close other engines, or stream weights.",
         )
-    for spec in step.inputs:
-        if not step.context.set_input_shape(step.names[spec.name], spec.shape):
+    # Plans are built with all that the inspector can tell, which costs time at every enqueue.
+    context.ready.nvtx_verbosity = trt.ProfilingVerbosity.NONE
+    for spec in ports_of(product, engine)[0]:
+        if not context.ready.set_input_shape(spec.name, spec.shape):
             raise refused(log, f"set_input_shape({spec.name!r}, {spec.shape}) returned False")
-    if lacking := step.context.infer_shapes():
+    if lacking := context.ready.infer_shapes():
         raise refused(log, f"infer_shapes lacks {', '.join(lacking)}")
+    return context
 
 
 def refused(log: MessageLog, call: str) -> LcexportError:

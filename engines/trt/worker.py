@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -48,10 +48,15 @@ def compile_graph(
     cancel: Cancel | None = None,
     *,
     check_memory: bool = True,
+    refittable: Iterable[str] = (),
+    gpu: str | None = None,
 ) -> PlanReport:
     """Compile `graph` to the new file `output` in a process of its own.
 
     Arguments and errors are those of `compile_plan`; besides:
+
+    Args:
+        gpu: the one GPU that the process sees, by its own name.
 
     Raises:
         BuildError: the compiler crashed; names the signal and its last messages.
@@ -65,11 +70,12 @@ def compile_graph(
         "options": options.model_dump(mode="json"),
         "expectations": expectations.model_dump(mode="json"),
         "check_memory": check_memory,
+        "refittable": list(refittable),
     }
     with private_folder(output) as folder, tempfile.TemporaryFile() as stderr:
         plan = folder / PLAN
         request["output"] = str(plan)
-        with child(stderr) as process:
+        with child(stderr, gpu) as process:
             report = converse(process, stderr, request, graph, on_progress, cancel)
         with resource_errors(output):
             publish(plan, output)
@@ -87,7 +93,7 @@ def private_folder(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def child(stderr: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def child(stderr: IO[bytes], gpu: str | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """The compiling process; it does not outlive the block.
 
     A session of its own keeps a terminal's Ctrl-C from it: the parent ends it in order.
@@ -97,7 +103,7 @@ def child(stderr: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
-        env=child_environment(),
+        env=child_environment(gpu),
         start_new_session=True,
     )
     try:
@@ -113,11 +119,15 @@ def child(stderr: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def child_environment() -> dict[str, str]:
-    """This process's own, with this lcexport first among what Python finds."""
+def child_environment(gpu: str | None = None) -> dict[str, str]:
+    """This process's own, with this lcexport first among what Python finds, and `gpu` alone.
+
+    TensorRT builds on the first GPU it sees.
+    """
     package = str(Path(lcexport.__file__).parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    return {**os.environ, **seen, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def converse(
@@ -240,6 +250,7 @@ def main() -> None:
             on_progress=lambda fraction, phase: answer("progress", [fraction, phase]),
             log=log,
             check_memory=request["check_memory"],
+            refittable=request["refittable"],
         )
     except LcexportError as error:
         answer("error", value_from(error))

@@ -20,7 +20,7 @@ from lcexport.builder.options import BuildOptions
 from lcexport.builder.stages import file_record
 from lcexport.builder.staging import DoneStage, StageOutput
 from lcexport.checkpoint import is_island
-from lcexport.configs.errors import BuildError
+from lcexport.configs.errors import BuildError, IncompatibleError, ResourceError
 from lcexport.engines.bundle import (
     CallRecord,
     EngineRecord,
@@ -31,11 +31,12 @@ from lcexport.engines.bundle import (
 )
 from lcexport.engines.files import resource_errors
 from lcexport.engines.host import available_memory_bytes
+from lcexport.engines.trt.memory import gpu_of
 from lcexport.engines.trt.network import Expectations
 from lcexport.engines.trt.options import TrtOptions, require_supported
 from lcexport.engines.trt.probe import require_builder
 from lcexport.engines.trt.product import ProductName, open_product
-from lcexport.engines.trt.reader import read_here, this_platform
+from lcexport.engines.trt.reader import AMPERE, read_here, this_platform
 from lcexport.engines.trt.worker import compile_graph
 from lcexport.graph import prove_precision, save_graph
 from lcexport.graph.check import Target, check_graph
@@ -133,10 +134,25 @@ def require_compiler(backend: ProductName, options: BuildOptions) -> None:
 
     Raises:
         UsageError: a compute capability that the product does not compile for.
-        IncompatibleError: the product cannot make a builder on this machine.
+        IncompatibleError: the product cannot make a builder on this machine, or lacks an option.
     """
-    require_supported(open_product(backend), options.trt)
-    require_builder(backend)
+    product, trt = open_product(backend), options.trt
+    require_supported(product, trt)
+    if low := [name for name in trt.compute_capabilities if int(name[2:]) < AMPERE]:
+        raise IncompatibleError(
+            f"{product} has no bfloat16 on these GPUs",
+            got=", ".join(low),
+            wanted=f"sm{AMPERE} or newer",
+        )
+    if product.is_rtx and options.device == "cpu" and (trt.refit or trt.strip_plan):
+        raise IncompatibleError(
+            f"{product} compiles plans that can be refitted only where a GPU is",
+            do="Use --weights shared, whose weights are exchanged without refitting.",
+        )
+    cache = options.trt.timing_cache
+    if cache is not None and not cache.parent.is_dir():
+        raise ResourceError("no such folder", got=cache.parent, do="Create it first.")
+    require_builder(backend, gpu_of(torch.device(options.device)))
 
 
 def refuse_violations(model: ir.Model, backend: ProductName) -> None:
@@ -173,6 +189,8 @@ def compile_unit(
         trt_options(backend, options),
         Expectations.from_proof(proof, unit.islands),
         on_progress=lambda fraction, phase: report(name, int(fraction * PERMILLE), PERMILLE),
+        refittable=list(unit.model.graph.initializers),
+        gpu=gpu_of(torch.device(options.device)),
     )
     record = unit.record.model_copy(update={"attentions": made.summary.attentions})
     return StageOutput(
@@ -199,7 +217,9 @@ def engine_record(
 ) -> EngineRecord:
     """What the manifest says of the plans: what they were compiled by, and for what."""
     product = open_product(backend)
-    here = None if options.device == "cpu" else read_here(product, torch.device(options.device))
+    # An RTX plan is for its targets, whatever GPU is here.
+    on_gpu = options.device != "cpu" and not product.is_rtx
+    here = read_here(product, torch.device(options.device)) if on_gpu else None
     targets = options.trt.compute_capabilities or ((here.compute_capability,) if here else ())
     return EngineRecord(
         plans=tuple(PlanRecord.model_validate(stage.output.facts["plan"]) for stage in done),
@@ -224,12 +244,14 @@ def trt_options(backend: ProductName, options: BuildOptions) -> TrtOptions:
     """The build's options, with a timing cache where the product measures kernels.
 
     A graph is the same block again and again: what was measured for one serves the others, the
-    next segment and the next build. A cache fits one GPU and one version, so both are in its name.
+    next segment and the next build. A cache fits one GPU, driver and version, which name it.
     """
     if backend != "tensorrt" or options.trt.timing_cache is not None or options.device == "cpu":
         return options.trt
     here = read_here(open_product(backend), torch.device(options.device))
-    name = re.sub(r"[^\w.]+", "-", f"{here.version}-{here.gpu}-{here.platform}").lower()
+    name = re.sub(
+        r"[^\w.]+", "-", f"{here.version}-{here.gpu}-{here.driver}-{here.platform}"
+    ).lower()
     folder = (
         Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcexport" / "timing"
     )

@@ -75,10 +75,14 @@ class BuildOptions(BaseModel):
 
     def _consistent_contexts(self) -> None:
         """EPContext models wrap plans, and what runs them needs both."""
+        if self.ep_context and self.only == "export":
+            raise ValueError("--ep-context wraps plans, and --only export compiles none")
         if self.ep_context and not self.compiled:
             raise ValueError("--ep-context wraps plans: add --backend tensorrt or tensorrt-rtx")
         if self.ep_context and "tensorrt" in self.compiled and self.segments != 1:
             raise ValueError("ONNX Runtime's TensorRT provider runs one plan: add --segments 1")
+        if self.ep_context and (self.trt.strip_plan or self.trt.version_compatible):
+            raise ValueError("ONNX Runtime fills no stripped plan and runs no plan's own code")
         for compiled in COMPILED:
             wrapped = self.ep_context and compiled in self.compiled
             if f"onnxruntime-{compiled}" in self.engines and not wrapped:

@@ -40,6 +40,8 @@ from lcexport.engines.bundle import (
     SourceRecord,
     open_bundle,
 )
+from lcexport.engines.host import release
+from lcexport.graph.segments import require_segments
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +112,7 @@ def run_stage(
     """Run one stage, or take it from the journal, and say so."""
     report(name, 0, 1)
     done = place.run(name, work)
+    release()  # a compiler in another process, and TensorRT in this one, need what torch holds back
     log.info("%s: %.1f s", name, done.record.seconds)
     report(name, 1, 1)
     return done
@@ -211,6 +214,8 @@ def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:
         require_backend(backend, options.precision, options.device)
     for backend in options.compiled:
         require_compiler(backend, options)
+    if options.compiled:
+        require_segments(options.segments or 1, checkpoint.config.depth)
 
 
 def addable_bundle(options: BuildOptions) -> Manifest:

@@ -53,8 +53,7 @@ def segment_graph(model: ir.Model, count: int) -> list[Segment]:
     if [node.op_type for node in (calls[0], calls[-1])] != ["Embed", "Final"]:
         raise BuildError("only a whole graph can be cut", got=f"{len(calls)} calls")
     depth = len(calls) - 2
-    if not 1 <= count <= depth:
-        raise UsageError("the number of segments is out of range", got=count, wanted=f"1..{depth}")
+    require_segments(count, depth)
     bounds = [0]
     for index in range(count):
         bounds.append(bounds[-1] + depth // count + (index < depth % count))
@@ -82,6 +81,12 @@ def segment_graph(model: ir.Model, count: int) -> list[Segment]:
             )
         )
     return segments
+
+
+def require_segments(count: int, depth: int) -> None:
+    """UsageError where there are fewer blocks than segments, or no segment at all."""
+    if not 1 <= count <= depth:
+        raise UsageError("the number of segments is out of range", got=count, wanted=f"1..{depth}")
 
 
 def sliced(model: ir.Model, calls: Sequence[ir.Node], index: int) -> ir.Graph:

@@ -24,12 +24,12 @@ import torch
 from lcexport.compare import STEP_TOLERANCE, Difference, Tolerance, difference
 from lcexport.configs.errors import IncompatibleError
 from lcexport.dit import LongCatDiT
-from lcexport.engines.host import available_memory_bytes
+from lcexport.engines.host import available_memory_bytes, release
 from lcexport.engines.trt.product import version_from
 from lcexport.golden import branch_inputs, golden_inputs
 from lcexport.qualify.claims import Check, Claim, Result, judged, untested
 from lcexport.qualify.marked import metadata, ort_runner, trt_runner
-from lcexport.qualify.subject import Subject, release
+from lcexport.qualify.subject import Subject
 
 BISECT = Claim(
     "bisect",

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from lcexport.configs.errors import LcexportError
+from lcexport.configs.errors import LcexportError, ResourceError
 from lcexport.qualify.subject import Subject
 
 # `measured` is a figure that is held against nothing.
@@ -79,7 +79,7 @@ def results_of(check: Check, subject: Subject) -> list[Result]:
     results: list[Result] = []
     try:
         results.extend(check.run(subject))
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, torch.OutOfMemoryError, ResourceError) as error:
         results += [
             untested(claim, f"out of memory: {first_line(error)}") for claim in check.claims
         ]

@@ -18,6 +18,7 @@ import torch
 
 from lcexport.checkpoint import is_island
 from lcexport.engines.files import sha256_of
+from lcexport.engines.host import release
 from lcexport.engines.trt.memory import CudaOps, Workspace
 from lcexport.engines.trt.network import Expectations
 from lcexport.engines.trt.options import TrtOptions
@@ -27,7 +28,7 @@ from lcexport.engines.trt.runtime import TrtEngine
 from lcexport.engines.trt.worker import compile_graph
 from lcexport.graph import prove_precision
 from lcexport.graph.segments import Segment, segment_graph
-from lcexport.qualify.subject import Subject, release
+from lcexport.qualify.subject import Subject
 
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -90,7 +91,9 @@ def compiled(subject: Subject, model: ir.Model, folder: Path) -> Iterator[PlanFi
     record = subject.engine_record
     assert record is not None
     graph = subject.bundle.path(subject.record.file)
-    options = TrtOptions.model_validate(record.options)
+    # The numbers are asked for, not how the weights come to be there.
+    plain = {"strip_plan": False, "refit": False, "version_compatible": False}
+    options = TrtOptions.model_validate({**record.options, **plain, "weight_streaming": False})
     product = open_product(subject.backend).name
     count = len(record.plans)
     # The proof is of the graph as built: with its marks, a segment's first output is no velocity.

@@ -13,11 +13,12 @@ from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.engines import COMPILED, require_backend
 from lcexport.engines.bundle import Bundle, read_manifest
 from lcexport.engines.files import refuse_existing, resource_errors, write_bytes
+from lcexport.engines.host import release
 from lcexport.qualify import bisect, costs, exactness, files, fusion, speed
 from lcexport.qualify.claims import Check, Result, results_of, untested
 from lcexport.qualify.environment import environment
 from lcexport.qualify.page import page
-from lcexport.qualify.subject import Subject, release
+from lcexport.qualify.subject import Subject
 
 SCHEMA_VERSION = 1
 JSON_FILE = "qualification.json"

@@ -16,10 +16,11 @@ import torch
 
 from lcexport.eager import DitEngine
 from lcexport.engines import Engine
+from lcexport.engines.host import release
 from lcexport.flops import forward_flops
 from lcexport.golden import branch_inputs, golden_inputs
 from lcexport.qualify.claims import Check, Claim, Result, first_line, judged, measured, untested
-from lcexport.qualify.subject import Subject, release
+from lcexport.qualify.subject import Subject
 
 EAGER = Claim(
     "faster-than-eager",

@@ -1,6 +1,5 @@
 """What is qualified: one engine of one bundle, on one device."""
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,10 +65,3 @@ class Subject:
         if self.on_gpu:
             return torch.cuda.mem_get_info(self.device)[0]
         return available_memory_bytes()
-
-
-def release() -> None:
-    """Give back what nobody holds any more, so that the next check finds it free."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -74,9 +74,10 @@ def later_levels(
 ) -> Iterator[Check]:
     """Every row after the hashes, level by level, resolution by resolution."""
     if not engines and levels != ("hash",):
-        yield Check(
-            "load", "", "", "engines", {}, "not checked: none was built; name --backend", None
-        )
+        compiled = ", ".join(bundle.manifest.engines)
+        why = f"compiled for a GPU; there: --backend {compiled} --device cuda"
+        why = f"not checked: {why if compiled else 'none was built; name --backend'}"
+        yield Check("load", "", "", "engines", {}, why, None)
     for level in levels:
         for size in sizes:
             if level == "module":

@@ -256,8 +256,26 @@ def test_tensorrts_options_come_from_words():
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"compute_capabilities": ("sm75",)}, "no bfloat16 on these GPUs; got sm75"),
+        ({"refit": True}, "only where a GPU is. Use --weights shared"),
+    ],
+)
+def test_what_this_compiler_cannot_is_refused_before_anything_is_built(
+    compiled_options, tmp_path, given, match
+):
+    options = compiled_options.model_copy(
+        update={"output": tmp_path / "b", "trt": TrtOptions(**given), "ep_context": False}
+    )
+    with pytest.raises(IncompatibleError, match=match):
+        build(options)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_more_segments_than_blocks_are_refused(compiled_options, tmp_path):
     options = compiled_options.model_copy(update={"output": tmp_path / "b", "segments": 5})
     with pytest.raises(UsageError, match=r"1\.\.4"):
         build(options)
-    assert not (tmp_path / "b").exists()
+    assert list(tmp_path.iterdir()) == []

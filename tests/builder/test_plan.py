@@ -155,6 +155,10 @@ def test_other_engines_have_no_plans(demo_checkpoint, options):
         ({"only": "engines"}, "'compile' or 'export'"),
         ({"surprise": 1}, "Extra inputs"),
         ({"ep_context": True}, "add --backend tensorrt or tensorrt-rtx"),
+        (
+            {"ep_context": True, "backends": ("tensorrt-rtx",), "trt": {"strip_plan": True}},
+            "fills no stripped plan",
+        ),
         ({"ep_context": True, "backends": ("tensorrt",)}, "runs one plan: add --segments 1"),
         (
             {"backends": ("tensorrt-rtx", "onnxruntime-tensorrt-rtx")},

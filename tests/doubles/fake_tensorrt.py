@@ -17,6 +17,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from functools import wraps
 from types import ModuleType
@@ -147,6 +148,10 @@ class SeekPosition(Valued):
 
 class ExecutionContextAllocationStrategy(Valued):
     STATIC, ON_PROFILE_CHANGE, USER_MANAGED = 0, 1, 2
+
+
+class ProfilingVerbosity(Valued):
+    LAYER_NAMES_ONLY, NONE, DETAILED = 0, 1, 2
 
 
 class LayerInformationFormat(Valued):
@@ -568,12 +573,23 @@ class IExecutionContext:
         self._addresses: dict[str, int] = {}
         self._memory: tuple[int, int] | None = None
         self._warm = False
+        self._verbosity = ProfilingVerbosity.DETAILED
         track(self)
 
     def _alive(self) -> ICudaEngine:
         engine = alive(self._engine, "ICudaEngine", "IExecutionContext")
         engine._check()
         return engine
+
+    @property
+    def nvtx_verbosity(self) -> ProfilingVerbosity:
+        self._alive()
+        return self._verbosity
+
+    @nvtx_verbosity.setter
+    def nvtx_verbosity(self, verbosity: ProfilingVerbosity) -> None:
+        self._alive()
+        self._verbosity = need(verbosity, ProfilingVerbosity)
 
     def set_input_shape(self, name: str, shape: tuple | list | Dims) -> bool:
         engine = self._alive()
@@ -749,6 +765,9 @@ class HostOps:
             raise out_of_memory(nbytes, f"{self.memory} bytes free")
         block = torch.empty(nbytes + 256, dtype=torch.uint8)
         return block[-block.data_ptr() % 256 :][:nbytes]
+
+    def active(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def enter(self) -> None:
         self.events.append("enter")

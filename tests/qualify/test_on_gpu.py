@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lcexport.engines import open_engine
+from lcexport.engines.host import release
 from lcexport.qualify import cold, costs, speed
 from lcexport.qualify.costs import seams
 from lcexport.qualify.environment import environment
-from lcexport.qualify.subject import release
 
 CUDA = torch.device("cuda", 1)
 GIB = 1 << 30

@@ -41,7 +41,7 @@ def compile_dit(rtx: Product, dit_graph: Path, expected: Expectations, tmp_path:
     """`compile_dit(weight_streaming=True)` compiles the golden DiT in this process."""
 
     def run(output: Path = tmp_path / "dit.plan", **arguments) -> PlanReport:
-        ours = ("on_progress", "cancel", "check_memory")
+        ours = ("on_progress", "cancel", "check_memory", "refittable")
         rest = {name: arguments.pop(name) for name in ours if name in arguments}
         graph, options = dit_graph.read_bytes(), TrtOptions(**arguments)
         return compile_plan(rtx, graph, dit_graph, options, output, expected, **rest)

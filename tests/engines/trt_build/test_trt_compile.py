@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 from lcexport.configs.errors import (
@@ -71,11 +72,20 @@ def test_without_a_stream_the_plan_is_as_large(rtx, graph_from, tmp_path: Path):
 
 
 @pytest.mark.parametrize("wish", ["strip_plan", "refit"])
-def test_a_refittable_plan_needs_a_gpu_and_says_so(compile_dit, wish, tmp_path: Path):
+def test_a_refittable_plan_needs_a_gpu_and_says_so(
+    compile_dit, dit_graph: Path, wish, tmp_path: Path
+):
     if Path("/dev/nvidiactl").exists():
         pytest.skip("this machine has a GPU")
+    names = list(ir.load(dit_graph).graph.initializers)
     with pytest.raises(IncompatibleError, match=f"without a GPU with {wish}; .*Build without"):
-        compile_dit(**{wish: True})
+        compile_dit(**{wish: True}, refittable=names)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_to_be_refitted_must_be_there(compile_dit, tmp_path: Path):
+    with pytest.raises(BuildError, match=r"no weight that refitting could set; got blocks\.9\.w"):
+        compile_dit(refit=True, refittable=["blocks.9.w"])
     assert not list(tmp_path.iterdir())
 
 

@@ -70,9 +70,9 @@ def test_each_option_reaches_the_builder(rtx: Product, configured):
     ("options", "flags"),
     [
         ({"weight_streaming": True}, {"WEIGHT_STREAMING"}),
-        ({"strip_plan": True}, {"STRIP_PLAN", "REFIT_IDENTICAL"}),
-        ({"refit": True}, {"REFIT"}),
-        ({"strip_plan": True, "refit": True}, {"STRIP_PLAN", "REFIT"}),
+        ({"strip_plan": True}, {"STRIP_PLAN", "REFIT_INDIVIDUAL"}),
+        ({"refit": True}, {"REFIT_INDIVIDUAL"}),
+        ({"strip_plan": True, "refit": True}, {"STRIP_PLAN", "REFIT_INDIVIDUAL"}),
     ],
 )
 def test_each_wish_is_its_flags_and_no_others(rtx: Product, configured, options, flags):

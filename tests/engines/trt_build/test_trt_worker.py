@@ -53,6 +53,14 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     return run
 
 
+def test_a_compiler_sees_the_one_gpu_it_is_for(pretend, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    say = "sys.stderr.write(os.environ['CUDA_VISIBLE_DEVICES']); sys.exit(3)"
+    for gpu, seen in (("GPU-7c", "GPU-7c"), (None, "0,1")):
+        with pytest.raises(BuildError, match=f"status 3; got {seen}"):
+            pretend(say, gpu=gpu)
+
+
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen]:
     """Every child that is started, in order."""

@@ -12,6 +12,7 @@ from lcexport.engines.trt.memory import (
     ALIGNMENT,
     CudaOps,
     Lifetime,
+    gpu_of,
     missing_gpu,
     place,
     torch_dtype,
@@ -67,6 +68,15 @@ def test_what_stands_between_torch_and_a_gpu(monkeypatch, sees, built_for, drive
     monkeypatch.setattr(torch.version, "cuda", built_for)
     monkeypatch.setattr(memory, "driver_version", lambda: driver)
     assert missing_gpu() == missing
+
+
+def test_a_child_process_is_told_the_gpus_own_name(monkeypatch):
+    properties = {0: SimpleNamespace(uuid="aa"), 1: SimpleNamespace(uuid="bb")}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: properties[device.index]
+    )
+    assert gpu_of(torch.device("cuda:1")) == "GPU-bb"
+    assert gpu_of(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(("asked", "found"), [("cuda", "cuda:3"), ("cuda:1", "cuda:1")])

@@ -114,7 +114,7 @@ def test_seams_are_reused(open_engine):
         if spec.name != "velocity"
     }
     assert len(sizes) > 2
-    scratch = max(step.scratch_bytes for step in engine._steps)
+    scratch = max(context.scratch_bytes for context in engine._contexts)
     assert engine.workspace_bytes < scratch + sum(sizes.values())
 
 
@@ -161,7 +161,7 @@ class TestWeightStreaming:
         assert budgets == [1 << 18] * 3
         assert not any("budget" in message for message in double.messages)
         # Streaming takes more scratch, which is asked for after the budget.
-        scratch = {step.scratch_bytes for step in engine._steps}
+        scratch = {context.scratch_bytes for context in engine._contexts}
         assert scratch == {(1 << 16) + double.STREAMING_SCRATCH}
         assert torch.equal(velocity(engine), plain)
 

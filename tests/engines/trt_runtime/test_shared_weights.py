@@ -19,6 +19,7 @@ from lcexport.engines.bundle import (
     open_bundle,
 )
 from lcexport.engines.ort import OrtEngine
+from lcexport.engines.trt import backend
 from lcexport.engines.trt.backend import engine_from, run_options
 from lcexport.engines.trt.memory import Workspace
 from lcexport.engines.trt.reader import Here, this_platform
@@ -110,6 +111,14 @@ def test_two_size_bundle_use_one_set_of_weights_and_one_workspace(bundle, open_s
         golden = read_golden(bundle, size)
         error = difference(run_branch(engine, golden, "cond"), golden["velocity_cond"])
         assert STEP_TOLERANCE["fp32"].holds(error)
+
+
+def test_a_weight_that_the_file_lacks_is_said_on_opening(bundle, open_size, monkeypatch):
+    few = load_file(bundle.path("dit.safetensors"))
+    del few["blocks.1.ffn.w1.weight"]
+    monkeypatch.setattr(backend, "load_file", lambda path, device: few)
+    with pytest.raises(IntegrityError, match=r"lacks weights of the engine.*blocks\.1\.ffn\.w1"):
+        open_size()
 
 
 def test_weights_of_another_bundle_are_not_taken(bundle, open_size):
@@ -204,6 +213,6 @@ def test_a_recorded_run_of_shared_weights_is_replayed(bundle, open_size, ops):
 def test_the_block_is_deserialised_once(open_size, workspace: Workspace):
     engine = open_size()
     assert len(engine._engines) == 3
-    assert len(engine._steps) == 6
+    assert len(engine._contexts) == 3
     assert [step.plan for step in engine._steps] == [0, 1, 1, 1, 1, 2]
     assert workspace.bytes >= engine.workspace_bytes
