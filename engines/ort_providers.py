@@ -10,7 +10,6 @@ float32 would not stay float32 (docs/onnxruntime.md). Options of compiling and i
 no effect and are not set.
 """
 
-import ctypes
 import importlib.util
 import re
 from contextlib import suppress
@@ -26,6 +25,7 @@ from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.engines import PROVIDERS, Compiled
 from lcexport.engines.bundle import Bundle, EngineRecord, check_file
 from lcexport.engines.trt.backend import engine_record
+from lcexport.engines.trt.product import loads
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -165,14 +165,6 @@ def missing_libraries(provider: Path) -> list[str]:
         return [provider.name]
     names = sorted({name.decode() for name in LINKED.findall(head)})
     return [name for name in names if not loads(name)]
-
-
-def loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
 
 
 def require_plugin() -> None:
