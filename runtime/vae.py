@@ -1,15 +1,15 @@
-"""Latents to frames: Wan's normalisation, undone, and the Wan VAE's decoder.
+"""Frames to latents and back: the Wan VAE, and Wan's normalisation of its latents.
 
 B samples, T latent frames, H x W latents; F = 4 * (T - 1) + 1 frames of 8H x 8W pixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lcexport.configs import LATENT_CHANNELS
+from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lcexport.configs.errors import InputError, UsageError, VerificationError
 from lcexport.runtime.loading import (
     DOWNLOAD_AGAIN,
@@ -48,13 +48,13 @@ def constants(
     return mean_C, 1.0 / std_C
 
 
-class VideoDecoder:
-    """The decoder of one bundle's `vae/`.
+class VideoVAE:
+    """One bundle's `vae/`: its encoder and its decoder.
 
     Args:
         folder: holds `vae/`.
-        dtype: what the decoder computes in; latents are rounded to it before denormalisation.
-        device: where the decoder lives.
+        dtype: what it computes in; pixels and latents are rounded to it first.
+        device: where it lives.
 
     Raises:
         InputError: a file is missing, or the weights do not fit the configuration.
@@ -67,6 +67,41 @@ class VideoDecoder:
         device: torch.device | str = "cpu",
     ) -> None:
         self._model: AutoencoderKLWan | None = load_vae(Path(folder) / "vae", dtype, device)
+
+    def encode(
+        self,
+        pixels_B3FHW: torch.Tensor,
+        posterior_noise: torch.Tensor | torch.Generator,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Frames in -1..1 to normalised latents [B, 16, T, H/8, W/8], on the VAE's device.
+
+        They are a sample of the VAE's posterior, mean + std * noise, taken in the VAE's dtype.
+        F need not be 4k+1: the frames after the last whole group of four are not looked at.
+
+        Args:
+            pixels_B3FHW: H and W are multiples of 8.
+            posterior_noise: standard normal, of the latents' shape; or the generator to draw it
+                from, sample by sample, on the generator's device and in the VAE's dtype.
+            dtype: what the sample is cast to before it is normalised, and the result's.
+
+        Raises:
+            UsageError: the pixels or the noise have another shape.
+            VerificationError: the encoder left NaN in the latents.
+        """
+        model = self._opened()
+        noises = noise_rows(posterior_noise, latent_shape(pixels_B3FHW.shape), model.dtype)
+        rows = []
+        with torch.no_grad():
+            for pixels, noise in zip(pixels_B3FHW, noises, strict=True):
+                posterior: Any = model.encode(
+                    pixels[None].to(model.device, model.dtype), return_dict=False
+                )[0]
+                rows.append(posterior.mean + posterior.std * noise.to(model.device, model.dtype))
+            mean, std = model.config["latents_mean"], model.config["latents_std"]
+            latents = normalize(torch.cat(rows).to(dtype), mean, std)
+        refuse_not_finite("latents", latents)
+        return latents
 
     def decode(self, latents_B16THW: torch.Tensor) -> torch.Tensor:
         """Normalised latents to frames, float32 [B, F, 8H, 8W, 3] in 0..1, on the CPU.
@@ -84,15 +119,10 @@ class VideoDecoder:
             # One sample at a time: the caches of one already fill the memory.
             rows = [model.decode(z[None], return_dict=False)[0].cpu() for z in z_B16THW]
         pixels_BCFHW = torch.cat(rows).float().div(2).add(0.5).clamp(0, 1)
-        if bad := pixels_BCFHW.numel() - int(torch.isfinite(pixels_BCFHW).sum()):
-            raise VerificationError(
-                "the VAE left frames that are not finite",
-                got=f"{bad} of {pixels_BCFHW.numel()} values",
-                do="Run `lcexport validate` on the checkpoint: it scans the VAE's weights.",
-            )
+        refuse_not_finite("frames", pixels_BCFHW)
         return pixels_BCFHW.permute(0, 2, 3, 4, 1).contiguous()
 
-    def to(self, device: torch.device | str) -> "VideoDecoder":
+    def to(self, device: torch.device | str) -> "VideoVAE":
         # the library's stubs take `Module.to` for a function without arguments
         torch.nn.Module.to(self._opened(), torch.device(device))
         return self
@@ -103,8 +133,57 @@ class VideoDecoder:
 
     def _opened(self) -> "AutoencoderKLWan":
         if self._model is None:
-            raise UsageError("the video decoder is closed")
+            raise UsageError("the VAE is closed")
         return self._model
+
+
+VideoDecoder = VideoVAE  # its name before it could encode
+
+
+def latent_shape(pixels: Sequence[int]) -> tuple[int, int, int, int, int]:
+    """[B, 16, T, H/8, W/8] of pixels [B, 3, F, H, W].
+
+    Raises:
+        UsageError: the VAE cannot take that shape.
+    """
+    if (
+        len(pixels) != 5
+        or pixels[1] != 3
+        or 0 in pixels
+        or any(n % SPATIAL_STRIDE for n in pixels[3:])
+    ):
+        raise UsageError(
+            "the VAE cannot encode pixels of that shape", got=list(pixels),
+            wanted="[B, 3, F, H, W], H and W multiples of 8",
+        )  # fmt: skip
+    samples, _, frames, height, width = pixels
+    latents = 1 + (frames - 1) // TEMPORAL_STRIDE
+    return samples, LATENT_CHANNELS, latents, height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
+
+
+def noise_rows(
+    source: torch.Tensor | torch.Generator, shape: Sequence[int], dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """One [1, 16, T, H, W] per sample. Drawn one by one: the original asks once per sample."""
+    if isinstance(source, torch.Generator):
+        one = (1, *shape[1:])
+        for _ in range(shape[0]):
+            yield torch.randn(one, generator=source, device=source.device, dtype=dtype)
+    elif list(source.shape) != list(shape):
+        raise UsageError(
+            "the posterior's noise does not fit", got=list(source.shape), wanted=list(shape)
+        )
+    else:
+        yield from source.split(1)
+
+
+def refuse_not_finite(what: str, values: torch.Tensor) -> None:
+    if bad := values.numel() - int(torch.isfinite(values).sum()):
+        raise VerificationError(
+            f"the VAE left {what} that are not finite",
+            got=f"{bad} of {values.numel()} values",
+            do="Run `lcexport validate` on the checkpoint: it scans the VAE's weights.",
+        )
 
 
 def load_vae(folder: Path, dtype: torch.dtype, device: torch.device | str) -> "AutoencoderKLWan":
