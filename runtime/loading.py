@@ -51,8 +51,8 @@ def is_finite_number(value: object) -> TypeGuard[float]:
 
 
 @contextmanager
-def library_errors(what: str, folder: Path) -> Iterator[None]:
-    """Whatever a library raises over the files in `folder` becomes an InputError."""
+def library_errors(what: str, where: Path, do: str = DOWNLOAD_AGAIN) -> Iterator[None]:
+    """Whatever a library raises over the files in `where`, or that file, becomes an InputError."""
     try:
         yield
     except (LcexportError, MemoryError):
@@ -60,9 +60,9 @@ def library_errors(what: str, folder: Path) -> Iterator[None]:
     except Exception as error:  # KeyError, TypeError, RuntimeError: whatever it tripped over
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"no usable {what} in {folder}",
+            f"no usable {what} in {where}",
             got=f"{type(error).__name__}: {reason}",
-            do=DOWNLOAD_AGAIN,
+            do=do,
         ) from error
 
 
