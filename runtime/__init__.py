@@ -13,7 +13,9 @@ denoiser.py   engine of a fixed batch -> guided velocity of any number of sample
 guidance.py   CFG-zero
 sampler.py    the one sampling loop
 schedule.py   noise levels and the Euler step
-vae.py        latents -> frames
+media.py      files with pictures and videos -> pixels, and their sizes
+refine.py     finished frames -> where their refinement starts
+vae.py        frames -> latents -> frames
 video.py      frames -> MP4, contact sheet
 residency.py  where the text encoder and the VAE wait
 cancel.py     stopping from another thread
