@@ -18,7 +18,8 @@ from lcexport.configs.errors import InputError, UsageError
 from lcexport.runtime.loading import library_errors
 
 if TYPE_CHECKING:
-    import av
+    from av import VideoFrame, VideoStream
+    from av.container import InputContainer
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
@@ -79,22 +80,28 @@ def read_video(path: str | Path, target_fps: float | None = None) -> tuple[Pixel
         if not container.streams.video:
             raise InputError(f"{path} has no pictures in it", wanted="a video")
         stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
         if not (rate := stream.average_rate or stream.guessed_rate):
             raise InputError(f"{path} does not say its frames per second")
         stride = 1 if target_fps is None else frame_stride(float(rate), target_fps)
-        frames: list[Pixels] = []
-        for number, frame in enumerate(container.decode(stream)):
-            if frame.is_corrupt:  # what the decoder could only guess at
-                raise InputError(f"{path} is damaged or cut short", do="Copy the file again.")
-            if number % stride == 0:
-                frames.append(upright(frame))
+        whole = enumerate(whole_frames(path, container, stream))
+        frames = [upright(frame) for number, frame in whole if number % stride == 0]
         if not frames:
             raise InputError(f"{path} has no frames in it")
         return np.stack(frames), float(rate)
 
 
-def upright(frame: "av.VideoFrame") -> Pixels:
+def whole_frames(
+    path: Path, container: "InputContainer", stream: "VideoStream"
+) -> Iterator["VideoFrame"]:
+    """Decode one after the other: decoding several at once keeps the decoder's errors back."""
+    for packet in container.demux(stream):
+        frames = packet.decode()
+        if packet.is_corrupt or any(frame.is_corrupt for frame in frames):
+            raise InputError(f"{path} is damaged or cut short", do="Copy the file again.")
+        yield from frames
+
+
+def upright(frame: "VideoFrame") -> Pixels:
     """uint8 [H, W, 3]. The camera's rotation is metadata, counter-clockwise in degrees."""
     pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
     return np.rot90(pixels, frame.rotation // 90)

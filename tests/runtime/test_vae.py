@@ -26,7 +26,7 @@ def test_normalisation_is_bit_equal(golden, dtype, suffix):
 
 
 @pytest.mark.parametrize(("frames_T", "decoded"), [(3, "decoded"), (1, "image_decoded")])
-def test_golden_decode(golden, decoder, frames_T, decoded):
+def test_golden_decode(golden, vae, frames_T, decoded):
     case = golden("vae_tiny")
     raw = case["latents"][:, :, :frames_T]
     frames = vae.decode(normalize(raw, case.meta["latents_mean"], case.meta["latents_std"]))
@@ -107,7 +107,7 @@ def test_missing_weights_are_not_made_up(tmp_path, vae_folder):
 
 
 @pytest.mark.parametrize(("frames", "prefix"), [(9, "enc"), (1, "image_enc")])
-def test_golden_encode(golden, decoder, frames, prefix):
+def test_golden_encode(golden, vae, frames, prefix):
     case = golden("vae_tiny")
     mean, std = case.meta["latents_mean"], case.meta["latents_std"]
     pixels, noise = case["video"][:, :, :frames], torch.randn_like(case[f"{prefix}_mean"])
