@@ -53,7 +53,7 @@ def read_image(path: str | Path) -> Pixels:
             raise InputError(f"{path} has too deep pixels", got=image.mode, wanted="8 bits each")
         if is_transparent(image):
             log.warning("%s is transparent in places: its transparency is dropped", path)
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def is_transparent(image: "Image") -> bool:
@@ -104,7 +104,7 @@ def whole_frames(
 def upright(frame: "VideoFrame") -> Pixels:
     """uint8 [H, W, 3]. The camera's rotation is metadata, counter-clockwise in degrees."""
     pixels = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-    return np.rot90(pixels, frame.rotation // 90)
+    return np.rot90(pixels, round(frame.rotation / 90))
 
 
 def frame_stride(fps: float, target_fps: float = CONTINUATION_FPS) -> int:
