@@ -26,6 +26,7 @@ from lcexport.configs.errors import (
 )
 from lcexport.engines.files import new_file, refuse_existing
 from lcexport.engines.host import available_memory_bytes, peak_rss_bytes
+from lcexport.engines.trt.memory import missing_gpu
 from lcexport.engines.trt.network import (
     Expectations,
     NetworkSummary,
@@ -35,7 +36,7 @@ from lcexport.engines.trt.network import (
 )
 from lcexport.engines.trt.options import TrtOptions, configure, require_supported
 from lcexport.engines.trt.product import MessageLog, Product, builder_for, logger_for
-from lcexport.engines.trt.timing import load_timing_cache, merge_timing_cache
+from lcexport.engines.trt.timing import TimingCache
 
 if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
@@ -46,11 +47,15 @@ Cancel = Callable[[], bool]
 # Host memory of a build, measured with TensorRT for RTX 1.7: about three times the weights.
 BYTES_PER_WEIGHT_BYTE = 3.0
 FIXED_BYTES = 512 << 20
+CUDA_ERROR = re.compile(r"CUDA_SUCCESS|cudaError|CUDA driver")
+# Where there is no driver, RTX says this after whatever went wrong.
+ECHO = re.compile(r"catchCudaError.*cudaError 35\b")
+OTHERWISE = "Try another optimization_level or version of TensorRT."
 SMALLEST_STEP = 0.001  # of the whole; smaller progress is not reported
 
 
 class PlanReport(BaseModel):
-    """A finished plan: the file's size and digest, and what making it took."""
+    """A finished plan: the file, what making it took, and what its maker should be told."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,6 +65,7 @@ class PlanReport(BaseModel):
     peak_rss_bytes: int
     version: str
     summary: NetworkSummary
+    notes: tuple[str, ...] = ()
 
 
 def compile_plan(
@@ -75,6 +81,7 @@ def compile_plan(
     log: MessageLog | None = None,
     check_memory: bool = True,
     refittable: Iterable[str] = (),
+    cache_named: bool = True,
 ) -> PlanReport:
     """Parse, check and compile `graph`; `output` appears whole or not at all.
 
@@ -84,6 +91,8 @@ def compile_plan(
         cancel: asked at every step of the builder; True stops it.
         check_memory: refuse where the host has less memory than the build is likely to need.
         refittable: names of the weights that refitting may set, where the options ask for it.
+        cache_named: the user named the timing cache: one that does not fit is an error. One that
+            we chose is begun anew, with a note.
 
     Raises:
         UsageError, IncompatibleError: an option this product or machine does not have.
@@ -98,8 +107,8 @@ def compile_plan(
     logger = logger_for(product, log)
     builder = builder_for(product, logger, log)
     config = configure(product, builder, options)
-    path = options.timing_cache
-    cache = None if path is None else load_timing_cache(config, path)
+    cache = None if options.timing_cache is None else TimingCache(options.timing_cache, cache_named)
+    notes = cache.load(config) if cache else []
     parsed = parse_network(product, builder, logger, log, graph, graph_path)
     summary = check_network(product, parsed.network, expectations, graph_path)
     if options.refit or options.strip_plan:
@@ -107,7 +116,7 @@ def compile_plan(
     if check_memory:
         require_memory(summary.weights_bytes)
     progress = Progress(on_progress, cancel)
-    config.progress_monitor = monitor = monitor_for(product, progress)
+    config.progress_monitor = monitor_for(product, progress)
     with new_file(output) as file:
         sink = PlanSink(file)
         built = serialize(product, builder, parsed.network, config, sink)
@@ -116,12 +125,11 @@ def compile_plan(
                 raise stopped
         if not built or sink.written == 0:
             raise build_error(product, options, log, parsed.network, graph_path)
-    if path is not None:
+    if cache is not None:
         try:
-            merge_timing_cache(config, path)
+            cache.merge(config)
         except LcexportError as error:  # the plan is made; the next one only takes longer
-            log.add("WARNING", f"what was measured is not kept: {error}")
-    del cache, monitor  # the builder held no reference of its own to either
+            notes.append(f"what was measured is not kept: {error}")
     return PlanReport(
         bytes=sink.written,
         sha256=sink.digest.hexdigest(),
@@ -129,6 +137,7 @@ def compile_plan(
         peak_rss_bytes=peak_rss_bytes(),
         version=str(product),
         summary=summary,
+        notes=tuple(notes),
     )
 
 
@@ -278,9 +287,10 @@ def build_error(
     path: Path,
 ) -> LcexportError:
     """The compiler gives no exception, only messages: the error that the last of them mean."""
-    said = "\n".join(log.errors)
+    errors = [error for error in log.errors if not ECHO.search(error)] or list(log.errors)
+    said = "\n".join(errors)
     what = f"{product} cannot compile {path.name}"
-    got = log.errors[-1].strip() if log.errors else "no reason given"
+    got = errors[-1].strip() if errors else "no reason given"
     if "not supported by a dedicated kernel" in said:
         return BuildError(
             f"{what}: an attention has no fused kernel",
@@ -300,15 +310,22 @@ def build_error(
         return ResourceError(
             what, got=got, do="Free memory, or build in more segments, which need less each."
         )
-    if re.search(r"CUDA_SUCCESS|cudaError|CUDA driver", said):
-        wishes = [name for name in ("strip_plan", "refit") if getattr(options, name)]
-        only = f" without {' and '.join(wishes)}" if wishes else ""
-        return IncompatibleError(
-            f"{what} without a GPU" + (f" with {' and '.join(wishes)}" if wishes else ""),
-            got=got,
-            do=f"Build{only}, or on a machine with an NVIDIA GPU and its driver.",
-        )
-    return BuildError(what, got=got, do="Try another optimization_level or version of TensorRT.")
+    if cuda := [error for error in errors if CUDA_ERROR.search(error)]:
+        return cuda_error(product, options, what, cuda[-1].strip())
+    return BuildError(what, got=got, do=OTHERWISE)
+
+
+def cuda_error(product: Product, options: TrtOptions, what: str, got: str) -> LcexportError:
+    """CUDA failed: RTX was asked for something that it does on a GPU alone, or a GPU failed."""
+    if not product.is_rtx or missing_gpu() is None:
+        return BuildError(f"{what}: CUDA failed", got=got, do=OTHERWISE)
+    wishes = " and ".join(name for name in ("strip_plan", "refit") if getattr(options, name))
+    return IncompatibleError(
+        f"{what} without a GPU" + (f" with {wishes}" if wishes else ""),
+        got=got,
+        do=(f"Build without {wishes}, or on" if wishes else "Use")
+        + " a machine with an NVIDIA GPU and its driver.",
+    )
 
 
 def build_bytes(weights_bytes: int) -> int:

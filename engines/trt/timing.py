@@ -1,6 +1,6 @@
 """The timing cache: what the builder measured, kept for the next build on the same GPU.
 
-The caller names the file, one per GPU and TensorRT version. Several builds may share it: each
+One file for each GPU and TensorRT version. Several builds may share it: each
 merges its measurements into what the file holds by then, under a lock, and replaces it whole.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,43 +20,61 @@ if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
 
 
-def load_timing_cache(config: TensorRT.IBuilderConfig, path: Path) -> TensorRT.ITimingCache:
-    """Give the builder the measurements in `path`, or an empty cache where there is no file.
+@dataclass(frozen=True)
+class TimingCache:
+    """A file of measured kernels. One that the user `named` must fit; another is begun anew."""
 
-    The cache returned must live until the build has ended.
+    path: Path
+    named: bool = True
 
-    Raises:
-        IncompatibleError: the file was measured on another GPU or by another version.
-        ResourceError: its folder does not exist.
-    """
-    if not path.parent.is_dir():
-        raise ResourceError("no such folder", got=path.parent, do="Create it first.")
-    cache = cache_from(config, path.read_bytes() if path.exists() else b"", path)
-    if not config.set_timing_cache(cache, ignore_mismatch=False):
-        raise foreign(path)
-    return cache
+    def load(self, config: TensorRT.IBuilderConfig) -> list[str]:
+        """Give the builder the measurements, or an empty cache; the configuration keeps it alive.
 
+        Returns what there is to warn of: the file was not named, and does not fit.
 
-def merge_timing_cache(config: TensorRT.IBuilderConfig, path: Path) -> None:
-    """Add what this build measured to what the file holds now; it is replaced whole.
+        Raises:
+            IncompatibleError: the named file was measured on another GPU or by another version.
+            ResourceError: its folder does not exist.
+        """
+        path = self.path
+        if not path.parent.is_dir():
+            raise ResourceError("no such folder", got=path.parent, do="Create it first.")
+        try:
+            self._give(config, path.read_bytes() if path.exists() else b"")
+        except IncompatibleError as error:
+            if self.named:
+                raise
+            self._give(config, b"")
+            return [f"kernels are measured anew: {error.what}"]
+        return []
 
-    Raises:
-        IncompatibleError: the file has become another GPU's in the meantime.
-    """
-    measured = config.get_timing_cache()
-    with locked(path):
-        if path.exists():
-            present = cache_from(config, path.read_bytes(), path)
-            if not measured.combine(present, ignore_mismatch=False):
-                raise foreign(path)
-        write_bytes(path, bytes(memoryview(measured.serialize())), replace=True)
+    def merge(self, config: TensorRT.IBuilderConfig) -> None:
+        """Add what this build measured to what the file holds now; it is replaced whole.
 
+        Raises:
+            IncompatibleError: the named file has become another GPU's in the meantime.
+        """
+        measured = config.get_timing_cache()
+        with locked(self.path):
+            if self.path.exists():
+                try:
+                    present = self._from(config, self.path.read_bytes())
+                    if not measured.combine(present, ignore_mismatch=False):
+                        raise foreign(self.path)
+                except IncompatibleError:
+                    if self.named:
+                        raise
+            write_bytes(self.path, bytes(memoryview(measured.serialize())), replace=True)
 
-def cache_from(config: TensorRT.IBuilderConfig, data: bytes, path: Path) -> TensorRT.ITimingCache:
-    cache = config.create_timing_cache(data)
-    if cache is None:
-        raise foreign(path)
-    return cache
+    def _give(self, config: TensorRT.IBuilderConfig, data: bytes) -> None:
+        if not config.set_timing_cache(self._from(config, data), ignore_mismatch=False):
+            raise foreign(self.path)
+
+    def _from(self, config: TensorRT.IBuilderConfig, data: bytes) -> TensorRT.ITimingCache:
+        cache = config.create_timing_cache(data)
+        if cache is None:
+            raise foreign(self.path)
+        return cache
 
 
 def foreign(path: Path) -> IncompatibleError:

@@ -7,6 +7,7 @@ parent dies sees its standard input end, and ends too.
 """
 
 import json
+import logging
 import os
 import queue
 import signal
@@ -49,6 +50,7 @@ def compile_graph(
     *,
     check_memory: bool = True,
     refittable: Iterable[str] = (),
+    cache_named: bool = True,
     gpu: str | None = None,
 ) -> PlanReport:
     """Compile `graph` to the new file `output` in a process of its own.
@@ -71,6 +73,7 @@ def compile_graph(
         "expectations": expectations.model_dump(mode="json"),
         "check_memory": check_memory,
         "refittable": list(refittable),
+        "cache_named": cache_named,
     }
     with private_folder(output) as folder, tempfile.TemporaryFile() as stderr:
         plan = folder / PLAN
@@ -80,6 +83,8 @@ def compile_graph(
         with resource_errors(output):
             publish(plan, output)
             sync_folder(output.parent)
+    for note in report.notes:
+        logging.getLogger(__name__).warning(note)
     return report
 
 
@@ -251,6 +256,7 @@ def main() -> None:
             log=log,
             check_memory=request["check_memory"],
             refittable=request["refittable"],
+            cache_named=request["cache_named"],
         )
     except LcexportError as error:
         answer("error", value_from(error))

@@ -190,6 +190,7 @@ def compile_unit(
         Expectations.from_proof(proof, unit.islands),
         on_progress=lambda fraction, phase: report(name, int(fraction * PERMILLE), PERMILLE),
         refittable=list(unit.model.graph.initializers),
+        cache_named=options.trt.timing_cache is not None,
         gpu=gpu_of(torch.device(options.device)),
     )
     record = unit.record.model_copy(update={"attentions": made.summary.attentions})

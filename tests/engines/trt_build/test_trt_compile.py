@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ from lcexport.engines.trt.compile import (
 )
 from lcexport.engines.trt.network import Expectations
 from lcexport.engines.trt.options import TrtOptions, configure
-from lcexport.engines.trt.product import MessageLog, builder_for, logger_for
+from lcexport.engines.trt.product import MessageLog, Product, ProductName, builder_for, logger_for
 
 
 def test_a_plan_is_the_file_the_report_describes(compile_dit, expected, tmp_path: Path):
@@ -189,6 +190,50 @@ def test_the_builders_messages_become_errors(rtx, message, error, words):
     found = compiling.build_error(rtx, TrtOptions(), log, no_network, Path("dit.onnx"))
     assert type(found) is error
     assert words in str(found)
+
+
+CUDA_700 = "[myelin] CUDA_SUCCESS check failed: cudaErrorIllegalAddress (700)"
+ECHO = "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (cudaError 35: CUDA ...)"
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "wishes", "error", "words"),
+    [
+        ("tensorrt", None, {}, BuildError, r"CUDA failed; got \[myelin\].*\(700\)"),
+        ("tensorrt", "no driver", {}, BuildError, "CUDA failed"),
+        ("tensorrt-rtx", None, {"refit": True}, BuildError, "CUDA failed"),
+        ("tensorrt-rtx", "no driver", {}, IncompatibleError, r"without a GPU; .*\. Use a machine"),
+        (
+            "tensorrt-rtx",
+            "no driver",
+            {"refit": True, "strip_plan": True},
+            IncompatibleError,
+            "GPU with strip_plan and refit; .*Build without strip_plan and refit, or on a machine",
+        ),
+    ],
+)
+def test_a_cuda_error_is_said_to_be_a_missing_gpu_only_where_one_is_missing(
+    rtx: Product, monkeypatch: pytest.MonkeyPatch, name: ProductName, missing, wishes, error, words
+):
+    monkeypatch.setattr(compiling, "missing_gpu", lambda: missing)
+    log = MessageLog()
+    for message in (CUDA_700, "and then something else", ECHO):
+        log.add("ERROR", message)
+    no_network: Any = None
+    product = Product(name, rtx.trt, rtx.version)
+    found = compiling.build_error(product, TrtOptions(**wishes), log, no_network, Path("dit.onnx"))
+    assert type(found) is error
+    assert re.search(words, str(found)), found
+
+
+def test_a_missing_driver_is_not_the_reason_of_every_failure(rtx: Product):
+    log = MessageLog()
+    for message in ("Error Code 4: API Usage Error", ECHO):
+        log.add("ERROR", message)
+    no_network: Any = None
+    found = compiling.build_error(rtx, TrtOptions(), log, no_network, Path("dit.onnx"))
+    assert type(found) is BuildError
+    assert "got Error Code 4: API Usage Error" in str(found)
 
 
 def test_nested_phases_are_one_rising_fraction():

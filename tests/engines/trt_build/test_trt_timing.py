@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lcexport.configs.errors import IncompatibleError, ResourceError
-from lcexport.engines.trt.timing import load_timing_cache, merge_timing_cache
+from lcexport.engines.trt.timing import TimingCache
 
 
 class FakeCache:
@@ -19,8 +19,10 @@ class FakeCache:
 
     def combine(self, input_cache: "FakeCache", ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch
+        if self.gpu != input_cache.gpu:
+            return False
         self.kernels |= input_cache.kernels
-        return self.gpu == input_cache.gpu
+        return True
 
     def serialize(self) -> bytearray:
         return bytearray(json.dumps([self.gpu, sorted(self.kernels)]).encode())
@@ -59,9 +61,12 @@ def kernels_in(path: Path) -> list[str]:
     return json.loads(path.read_bytes())[1]
 
 
-def build(path: Path, config: Any) -> None:
-    load_timing_cache(config, path)
-    merge_timing_cache(config, path)
+def build(path: Path, config: Any, *, named: bool = True) -> list[str]:
+    """What there is to warn of."""
+    cache = TimingCache(path, named)
+    notes = cache.load(config)
+    cache.merge(config)
+    return notes
 
 
 def test_a_first_build_makes_the_file_and_a_second_adds_to_it(tmp_path: Path):
@@ -75,8 +80,8 @@ def test_builds_at_the_same_time_lose_nothing(tmp_path: Path):
     path = tmp_path / "cache"
     configs = [config_on("H200", f"kernel {i:02}") for i in range(12)]
     for config in configs:
-        load_timing_cache(config, path)
-    threads = [threading.Thread(target=merge_timing_cache, args=(c, path)) for c in configs]
+        TimingCache(path).load(config)
+    threads = [threading.Thread(target=TimingCache(path).merge, args=(c,)) for c in configs]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -95,10 +100,10 @@ def test_a_cache_of_another_gpu_is_refused_and_kept(tmp_path: Path):
 def test_a_file_that_became_another_gpus_meanwhile_is_kept(tmp_path: Path):
     path = tmp_path / "cache"
     ours = config_on("H200", "a")
-    load_timing_cache(ours, path)
+    TimingCache(path).load(ours)
     build(path, config_on("RTX 4090", "b"))
     with pytest.raises(IncompatibleError, match="another GPU"):
-        merge_timing_cache(ours, path)
+        TimingCache(path).merge(ours)
     assert kernels_in(path) == ["b"]
 
 
@@ -111,4 +116,16 @@ def test_a_damaged_cache_is_refused(tmp_path: Path):
 
 def test_a_folder_that_is_not_there_is_said_before_building(tmp_path: Path):
     with pytest.raises(ResourceError, match="no such folder"):
-        load_timing_cache(config_on("H200"), tmp_path / "none" / "cache")
+        TimingCache(tmp_path / "none" / "cache").load(config_on("H200"))
+
+
+@pytest.mark.parametrize("content", [b"\0damaged", b'["RTX 4090", ["b"]]'])
+def test_a_file_that_nobody_named_is_begun_anew_with_a_warning(tmp_path: Path, content):
+    path = tmp_path / "cache"
+    path.write_bytes(content)
+    (note,) = build(path, config_on("H200", "a"), named=False)
+    assert "measured anew" in note
+    assert str(path) in note
+    assert json.loads(path.read_bytes()) == ["H200", ["a"]]
+    assert build(path, config_on("H200", "c"), named=False) == []
+    assert kernels_in(path) == ["a", "c"]

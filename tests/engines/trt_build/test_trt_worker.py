@@ -13,7 +13,7 @@ import pytest
 
 from lcexport.configs.errors import BuildError, Cancelled, IncompatibleError, ResourceError
 from lcexport.engines.trt import worker
-from lcexport.engines.trt.network import Expectations
+from lcexport.engines.trt.network import Expectations, NetworkSummary
 from lcexport.engines.trt.options import TrtOptions
 from lcexport.engines.trt.product import Product
 from lcexport.engines.trt.worker import compile_graph
@@ -51,6 +51,25 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
             assert not list(tmp_path.iterdir())
 
     return run
+
+
+def test_what_the_child_notes_is_a_warning_here(monkeypatch, tmp_path: Path, caplog):
+    nothing = dict.fromkeys(NetworkSummary.model_fields, 0) | {"inputs": (), "outputs": ()}
+    report = {
+        "bytes": 1, "sha256": "0", "seconds": 0.0, "peak_rss_bytes": 1, "version": "0",
+        "summary": nothing, "notes": ["kernels are measured anew"],
+    }  # fmt: skip
+    say = (
+        "open(q['output'], 'w').write('.'); assert not q['cache_named'];"
+        f"print(json.dumps(['report', {report!r}]))"
+    )
+    monkeypatch.setattr(worker, "COMMAND", (sys.executable, "-c", READ + say))
+    output, wanted = tmp_path / "dit.plan", Expectations(attentions=0)
+    compile_graph(
+        "tensorrt", b"graph", Path("g.onnx"), output, TrtOptions(), wanted, cache_named=False
+    )
+    assert [record.message for record in caplog.records] == ["kernels are measured anew"]
+    assert caplog.records[0].levelname == "WARNING"
 
 
 def test_a_compiler_sees_the_one_gpu_it_is_for(pretend, monkeypatch):
