@@ -9,6 +9,7 @@ order. What is CUDA's is behind `DeviceOps`, so that tests can run on the host.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -51,7 +52,11 @@ class DeviceOps(Protocol):
         ...
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """Record what `enqueue` queues, without running it; the result runs it each time."""
+        """Record what `enqueue` queues, without running it; the result runs it each time.
+
+        The host waits for the device before the recording. An error of `enqueue` is raised as it
+        is, with the caller's stream as it was.
+        """
         ...
 
     def synchronize(self) -> None:
@@ -64,8 +69,7 @@ class CudaOps:
 
     def __init__(self, device: torch.device) -> None:
         # With its number, which every tensor's device has: `cuda` is not equal to `cuda:0`.
-        number = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device("cuda", number)
+        self.device = torch.device("cuda", number_of(device))
         self._stream = torch.cuda.Stream(self.device)
         self.stream = self._stream.cuda_stream
 
@@ -89,8 +93,19 @@ class CudaOps:
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            enqueue()
+        # Other threads may go on with CUDA calls that a recording does not allow its own.
+        recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+        failed: BaseException | None = None
+        try:
+            # A recording that ends in an error leaves its stream current: this puts ours back.
+            with torch.cuda.stream(torch.cuda.current_stream(self.device)), recording:
+                try:
+                    enqueue()
+                except BaseException as error:
+                    failed = error
+                    raise
+        except BaseException as error:  # of ending what `enqueue` broke, most likely
+            raise failed or error from None
 
         def replay() -> None:
             with torch.cuda.stream(self._stream):
@@ -186,10 +201,21 @@ def torch_dtype(trt: TensorRT, dtype: TensorRT.DataType) -> torch.dtype:
     return known[dtype]
 
 
+def number_of(device: torch.device) -> int:
+    """The number of a CUDA device; of plain `cuda`, the current one's."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def gpu_of(device: torch.device) -> str | None:
-    """A GPU's own name, for CUDA_VISIBLE_DEVICES; None of a processor."""
+    """A GPU's own name, for CUDA_VISIBLE_DEVICES; None of a processor.
+
+    A part of a GPU (MIG) has no name that torch knows: it is the one by which this process sees it.
+    """
     if device.type != "cuda":
         return None
+    seen = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    if any(name.startswith("MIG-") for name in seen):
+        return seen[number_of(device)]
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 

@@ -1,12 +1,16 @@
 """Where tensors lie in the shared block."""
 
+import inspect
+from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lcexport.configs.errors import LcexportError
 from lcexport.engines.trt import memory
 from lcexport.engines.trt.memory import (
     ALIGNMENT,
@@ -77,6 +81,81 @@ def test_a_child_process_is_told_the_gpus_own_name(monkeypatch):
     )
     assert gpu_of(torch.device("cuda:1")) == "GPU-bb"
     assert gpu_of(torch.device("cpu")) is None
+
+
+def test_a_child_process_is_told_the_part_of_a_gpu_that_this_one_sees(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-aa, MIG-bb")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert gpu_of(torch.device("cuda:1")) == "MIG-bb"
+    assert gpu_of(torch.device("cuda")) == "MIG-aa"
+
+
+class FakeRecording:
+    """`torch.cuda.graph` on the host: its stream is current inside; ending it may fail."""
+
+    current: ClassVar[list[str]] = ["the caller's"]
+    ends_with: ClassVar[Exception | None] = None
+    modes: ClassVar[list[str]] = []
+
+    def __init__(self, graph, *, stream, capture_error_mode):
+        self.modes.append(capture_error_mode)
+
+    def __enter__(self):
+        self.current[0] = "the recording's"
+
+    def __exit__(self, *_):
+        if self.ends_with is not None:
+            raise self.ends_with  # as capture_end does, before the stream is put back
+        self.current[0] = "the caller's"
+
+
+@contextmanager
+def stream_of(stream):
+    """`torch.cuda.stream`: puts back what was current."""
+    before = FakeRecording.current[0]
+    try:
+        yield
+    finally:
+        FakeRecording.current[0] = before
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", stream_of)
+    monkeypatch.setattr(torch.cuda, "graph", FakeRecording)
+    return CudaOps(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize("end", [None, RuntimeError("capture was invalidated")])
+def test_a_recording_that_fails_raises_its_own_error_and_leaves_the_stream(
+    recorder, monkeypatch, end
+):
+    monkeypatch.setattr(FakeRecording, "ends_with", end)
+    ours = LcexportError("TensorRT refused")
+
+    def refuse():
+        assert FakeRecording.current == ["the recording's"]
+        raise ours
+
+    with pytest.raises(LcexportError) as caught:
+        recorder.capture(refuse)
+    assert caught.value is ours
+    assert FakeRecording.current == ["the caller's"]
+    assert FakeRecording.modes[-1] == "thread_local"
+
+
+def test_a_recording_that_cannot_be_ended_says_so(recorder, monkeypatch):
+    end = RuntimeError("capture was invalidated")
+    monkeypatch.setattr(FakeRecording, "ends_with", end)
+    with pytest.raises(RuntimeError, match="invalidated"):
+        recorder.capture(lambda: None)
+
+
+def test_torch_has_the_mode_that_is_asked_for():
+    assert "capture_error_mode" in inspect.signature(torch.cuda.graph.__init__).parameters
 
 
 @pytest.mark.parametrize(("asked", "found"), [("cuda", "cuda:3"), ("cuda:1", "cuda:1")])
