@@ -19,7 +19,7 @@ import torch
 from lcexport.checkpoint import is_island
 from lcexport.engines.files import sha256_of
 from lcexport.engines.host import release
-from lcexport.engines.trt.memory import CudaOps, Workspace
+from lcexport.engines.trt.memory import CudaOps, Workspace, gpu_of
 from lcexport.engines.trt.network import Expectations
 from lcexport.engines.trt.options import TrtOptions
 from lcexport.engines.trt.product import open_product
@@ -107,6 +107,7 @@ def compiled(subject: Subject, model: ir.Model, folder: Path) -> Iterator[PlanFi
             path,
             options,
             expected(unmarked, subject.bulk),
+            gpu=gpu_of(subject.device),
         )
         yield PlanFile(path, path.stat().st_size, sha256_of(path))
 

@@ -100,7 +100,9 @@ def open_engine(
     return trt_backend.engine_from(product(), HERE, bundle, resolution, workspace)
 
 
-def compile_graph(name: str, graph: bytes, graph_path: Path, output: Path, *rest: object) -> None:
+def compile_graph(
+    name: str, graph: bytes, graph_path: Path, output: Path, *rest: object, gpu: str | None
+) -> None:
     write_plan(graph, graph_path.parent, output)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import double
 import onnx_ir as ir
 import pytest
 
@@ -43,6 +44,23 @@ def test_plans_are_bisected_segment_by_segment(subject_of, double_bundle, damage
 def test_nothing_is_left_of_the_plans(subject_of, double_bundle, the_double, tmp_path):
     results_of(CHECK, subject_of(double_bundle, "tensorrt"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plans_are_compiled_on_the_gpu_in_question(
+    subject_of, double_bundle, the_double, monkeypatch, tmp_path
+):
+    asked = []
+
+    def compile_graph(*arguments, gpu):
+        asked.append(gpu)
+        double.compile_graph(*arguments, gpu=gpu)
+
+    monkeypatch.setattr(marked, "compile_graph", compile_graph)
+    monkeypatch.setattr(marked, "gpu_of", lambda device: f"GPU of {device}")
+    subject = subject_of(double_bundle, "tensorrt", "cuda:1")
+    model = ir.load(subject.bundle.path(subject.record.file))
+    assert len(list(marked.compiled(subject, model, tmp_path))) == 2
+    assert asked == ["GPU of cuda:1"] * 2
 
 
 @pytest.mark.slow
