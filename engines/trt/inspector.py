@@ -15,8 +15,8 @@ from typing import Any
 
 from lcexport.configs.errors import BuildError, IncompatibleError
 
-# In a kernel's name: `_gemm_mha_v2_...`, `fmha_...`. Not in a layer's: a model's own names may say
-# mha, and stand in the name of the product in front of it.
+# In a kernel's name: `_gemm_mha_v2_...`, `fmha_...`. A layer's name is never asked: a model's own
+# names may say mha, and stand in the name of the product in front of it.
 FUSED_ATTENTION = re.compile("mha", re.IGNORECASE)
 ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 # The first that fits: "BFloat16" contains "float16", and that contains "float".
@@ -33,7 +33,7 @@ class EngineLayer:
     """One layer of a built engine.
 
     Attributes:
-        kernel: the tactic that computes it; its name where the inspector tells no tactic.
+        kernel: the tactic that computes it; empty where the inspector tells none.
         nodes: the ONNX nodes it was made of, as `node | call (Function)`.
         dtypes: the floating types of its inputs and outputs, those that are told.
     """
@@ -92,14 +92,14 @@ def read_layers(text: str) -> EngineLayers:
 def layer_from(entry: str | Mapping[str, Any]) -> EngineLayer:
     """One entry of `Layers`: an object, or a name alone."""
     if isinstance(entry, str):
-        return EngineLayer(entry, "", entry, (), frozenset())
+        return EngineLayer(entry, "", "", (), frozenset())
     name = str(entry.get("Name", ""))
     tensors = [*entry.get("Inputs", ()), *entry.get("Outputs", ())]
     found = {dtype_from(tensor) for tensor in tensors if isinstance(tensor, Mapping)}
     return EngineLayer(
         name=name,
         kind=str(entry.get("LayerType", "")),
-        kernel=str(entry.get("TacticName") or name),
+        kernel=str(entry.get("TacticName") or ""),
         nodes=tuple(ONNX_NODE.findall(str(entry.get("Metadata", "")))),
         dtypes=frozenset(dtype for dtype in found if dtype is not None),
     )

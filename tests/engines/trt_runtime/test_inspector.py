@@ -47,7 +47,8 @@ def sample(newer: bool) -> str:
         layer("blocks.0/mha/q_myl0_16", gemm, ["node_linear_1 | b"], "BFloat16", newer, "gemm"),
         layer("_gemm_mha_v2_myl0_17", mha, [attention], "BFloat16", newer),
         layer("node_linear_myl0_3", "sm90_sgemm", [linear], "Float", newer, "gemm"),
-        {"Name": "Reformatting CopyNode", "LayerType": "Reformat", "Inputs": [], "Outputs": []},
+        # Nor does a layer whose kernel is not told.
+        {"Name": "copy of mha", "LayerType": "Reformat", "Inputs": [], "Outputs": []},
     ]
     if newer:
         port = {"Name": "velocity", "IOMode": "Output", "DataType": "Float", "Location": "Device"}
