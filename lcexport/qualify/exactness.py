@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lcexport.engines.bundle import EngineRecord
 from lcexport.engines.trt.runtime import TrtEngine
 from lcexport.golden import golden_inputs, run_branch
 from lcexport.qualify.claims import Check, Claim, Result, judged, untested
@@ -67,9 +68,14 @@ def repeatable(subject: Subject) -> Iterator[Result]:
     yield judged(REPEATED, holds, EXACT, got)
 
 
+def refittable(record: EngineRecord) -> bool:
+    """Whether the plans' own weights can be set: stripped plans are filled that way."""
+    return bool(record.options.get("refit") or record.options.get("strip_plan"))
+
+
 def refit(subject: Subject) -> Iterator[Result]:
     record = subject.engine_record
-    if record is None or not (record.options.get("refit") or record.calls):
+    if record is None or not (refittable(record) or record.calls):
         yield untested(REFIT, "built without refitting")
         return
     own = load_file(subject.weights)  # mapped, not read

@@ -9,7 +9,13 @@ import torch
 
 from lcexport.engines import Engine, TensorSpec
 from lcexport.engines.trt.runtime import TrtEngine
-from lcexport.qualify.exactness import differing, identical_rows, refit, repeatable
+from lcexport.qualify.exactness import (
+    differing,
+    identical_rows,
+    refit,
+    refittable,
+    repeatable,
+)
 from lcexport.qualify.subject import Subject
 
 
@@ -98,6 +104,14 @@ def test_weights_are_exchanged_and_put_back(request, subject_of, the_double, kin
         assert isinstance(row, dict)
         assert row["changed"] > 0
         assert row["differing_after"] == 0
+
+
+@pytest.mark.parametrize("wish", ["refit", "strip_plan"])
+def test_both_options_make_plans_that_can_be_refitted(subject_of, double_bundle, wish):
+    record = subject_of(double_bundle, "tensorrt").engine_record
+    for value in (True, False):
+        options = {"refit": False, "strip_plan": False, wish: value}
+        assert refittable(record.model_copy(update={"options": options})) is value
 
 
 @pytest.mark.parametrize("effective", [{1}, {2, 4}])
