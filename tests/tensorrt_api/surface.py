@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-RELEASES = ("10.16.1.11", "11.4.0.106", "rtx-1.7.1.116")
+RELEASES = ("10.14.1.48.post1", "10.16.1.11", "11.4.0.106", "rtx-1.7.1.116")
 ALIASES = {"float32", "float16", "bfloat16", "int32", "int64", "int8", "uint8", "bool"}
 CPP_NAMES = {"nvonnxparser::IParserError": "ParserError"}
 PARAMETER = re.compile(r"(\w+): ((?:[^,<]|<[^>]*>|,(?! \w+:))*)")

@@ -1,5 +1,6 @@
 """Every TensorRT name that `engines/trt` uses exists in every release, with that signature."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -18,13 +19,16 @@ RTX = surface("rtx-1.7.1.116")
 # Behind `product.is_rtx` in the code, which no reader of names can see.
 RTX_ONLY = {
     ("", "ComputeCapability"),
+    ("BuilderFlag", "REQUIRE_USER_ALLOCATION"),
     ("ComputeCapability", "__members__"),
     ("IBuilderConfig", "num_compute_capabilities"),
     ("IBuilderConfig", "set_compute_capability"),
+    ("IExecutionContext", "is_stream_capturable"),
 }
 FUNCTIONS = {k: v for path in SOURCES for k, v in functions_of(path.read_text()).items()}
+KINDS = {"PRODUCTS", "NORMS", "MOVES"}  # sets of them in `network`
 OTHER = {"digest", "request", "value"}  # what is `Any` and not TensorRT's
-BINDINGS = ("11.4.0.106", "10.16.1.11")
+BINDINGS = ("11.4.0.106", "10.16.1.11", "10.14.1.48.post1")
 
 # Run where the real module is: reads [module, [[owner, name], ...]], prints what is missing.
 PROBE = """
@@ -55,6 +59,30 @@ def test_every_use_is_real(release):
         and not ((use.owner, use.name) in RTX_ONLY and release != RTX.release)
     ]
     assert wrong == []
+
+
+def layer_kinds() -> set[str]:
+    """What `network` compares a layer's kind with: words, and so no names to be looked up."""
+    tree = ast.parse((SOURCES[0].parent / "network.py").read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare) and ast.unparse(node.left).endswith(".kind"):
+            found |= words_in(node.comparators[0])
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in KINDS:
+            found |= words_in(node.value)
+    return found
+
+
+def words_in(node: ast.expr) -> set[str]:
+    constants = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    return {value for value in constants if isinstance(value, str)}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_every_kind_of_layer_is_real(release):
+    kinds = layer_kinds()
+    assert kinds >= {"ATTENTION_INPUT", "CAST", "EINSUM", "NORMALIZATION", "UNSQUEEZE", "UNARY"}
+    assert kinds - set(surface(release).enums["LayerType"]) == set()
 
 
 def test_enough_is_seen():
