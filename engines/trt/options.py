@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
 
 HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
+AMPERE = 80  # as in sm80, the first with bfloat16
 NOT_TARGETS = ("NONE", "CURRENT")  # no GPU architectures: CURRENT asks the driver for one
 
 
@@ -134,6 +135,9 @@ def builder_flags(product: Product, options: TrtOptions) -> list[TensorRT.Builde
     if options.refit or options.strip_plan:
         # The weights of the bundle and no others: constants of the graph's own stay in the plan.
         flags.append(trt.BuilderFlag.REFIT_INDIVIDUAL)
+    if product.is_rtx and not options.weight_streaming:
+        # CUDA graphs need it, and the builder refuses it together with weight streaming.
+        flags.append(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     return flags
 
 
@@ -165,7 +169,7 @@ def target_from(product: Product, name: str) -> TensorRT.ComputeCapability:
         raise UsageError(
             f"{product} does not compile for this compute capability",
             got=repr(name),
-            wanted=f"some of {', '.join(known)}",
+            wanted=f"some of {', '.join(bf16_targets(product))}",
         )
     return known[name]
 
@@ -181,3 +185,8 @@ def targets(product: Product) -> dict[str, TensorRT.ComputeCapability]:
         if member not in NOT_TARGETS
     }
     return dict(sorted(known.items(), key=lambda pair: int(pair[0][2:])))
+
+
+def bf16_targets(product: Product) -> tuple[str, ...]:
+    """Those of `targets` that have bfloat16, and so run what this project compiles."""
+    return tuple(name for name in targets(product) if int(name.removeprefix("sm")) >= AMPERE)

@@ -33,7 +33,16 @@ from lcexport.engines.trt.reader import (
     deserialize,
 )
 from lcexport.engines.trt.refit import overwrite, refit_from_weights
-from lcexport.engines.trt.steps import Call, Context, Step, make_context, refused, step_from, wire
+from lcexport.engines.trt.steps import (
+    Call,
+    Context,
+    Step,
+    make_context,
+    refused,
+    require_capturable,
+    step_from,
+    wire,
+)
 
 if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
@@ -45,8 +54,10 @@ class RunOptions:
 
     Attributes:
         weight_budget: bytes of streamable weights that may stay on the device, over all
-            plans; "auto" lets TensorRT choose; None keeps them all there.
-        cuda_graph: record the work the second time the same tensors come, then replay it.
+            plans; "auto" lets TensorRT choose, for one plan: see `set_weight_budget`; None keeps
+            them all there.
+        cuda_graph: record the work the second time the same tensors come, then replay it; while
+            it is recorded the host waits for the device.
         weights: refit every plan from these before the first run; stripped plans need it.
     """
 
@@ -173,7 +184,7 @@ class TrtEngine:
                 self._engines.append(engine)
 
     def _prepare(self) -> None:
-        """Weights, then the budget, then contexts: TensorRT allows no other order."""
+        """Weights, then the budget, then contexts: the budget must come before the contexts."""
         wiring = wire(self._steps, self.shared_weights.tensors)
         self.inputs, self.outputs = wiring.inputs, wiring.outputs
         self._weights = self._addresses(self.shared_weights.tensors, self._weight_specs())
@@ -195,7 +206,11 @@ class TrtEngine:
         return tuple(spec for spec in specs if spec.name in self.shared_weights.tensors)
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """See `lcexport.engines.Engine.run`. Returns once the work is queued."""
+        """See `lcexport.engines.Engine.run`. Returns once the work is queued.
+
+        Raises:
+            IncompatibleError: it was to be recorded as a CUDA graph, and the plans cannot be.
+        """
         if self._runtime is None:
             raise UsageError("the engine is closed")
         addresses = self._addresses(inputs, self.inputs) | self._addresses(outputs, self.outputs)
@@ -217,6 +232,8 @@ class TrtEngine:
             self._bound = bound
             return
         if self._options.cuda_graph and self._bound.replay is None:
+            if self._product.is_rtx:
+                require_capturable(self._contexts, self.workspace.ops.stream)
             self._bound.replay = self.workspace.ops.capture(lambda: self._enqueue(self._bound))
         if self._bound.replay is None:
             self._enqueue(self._bound)
@@ -316,6 +333,10 @@ class TrtEngine:
 def set_weight_budget(engines: Sequence[TensorRT.ICudaEngine], options: RunOptions) -> None:
     """Share the budget out in proportion to the segments' weights.
 
+    What TensorRT chooses is an answer for one plan, from the memory that is free, as if the others
+    did not exist. The largest answer is therefore the budget of them all: never too much, and with
+    several plans less than there may be room for, which only a number of bytes can use.
+
     Raises:
         UsageError: the plans were built without weight streaming.
         ResourceError: TensorRT did not take the budget.
@@ -329,13 +350,13 @@ def set_weight_budget(engines: Sequence[TensorRT.ICudaEngine], options: RunOptio
             got=f"a weight budget of {options.weight_budget}",
             do="Build them with weight streaming.",
         )
+    total = options.weight_budget
+    if total == "auto":
+        total = max(engine.get_weight_streaming_automatic_budget() for engine in engines)
     for engine, size in zip(engines, sizes, strict=True):
         if not size:
             continue
-        if options.weight_budget == "auto":
-            budget = engine.get_weight_streaming_automatic_budget()
-        else:
-            budget = min(size, options.weight_budget * size // sum(sizes))
+        budget = min(size, total * size // sum(sizes))
         engine.weight_streaming_budget_v2 = budget
         if engine.weight_streaming_budget_v2 != budget:  # the setter does not say
             raise ResourceError(

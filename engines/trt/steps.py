@@ -142,16 +142,22 @@ def do_not_fit(spec: TensorSpec, source: TensorSpec) -> IntegrityError:
 
 
 def make_context(product: Product, engine: TensorRT.ICudaEngine, log: MessageLog) -> Context:
-    """Create a plan's context, without memory of its own, and fix its shapes.
+    """Create a plan's context, which has its scratch from the workspace, and fix its shapes.
+
+    A plan of RTX that streams weights allocates while it runs, which excludes scratch from outside:
+    its context has its own, and asks the workspace for none.
 
     Raises:
         ResourceError: TensorRT made none.
         LcexportError: it refused a shape, or lacks one.
     """
     trt = product.trt
-    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-    # Asked for after the budget, which changes it.
-    size = engine.device_memory_size_v2
+    strategies = trt.ExecutionContextAllocationStrategy
+    if product.is_rtx and engine.streamable_weights_size:
+        strategy, size = strategies.STATIC, 0
+    else:
+        # Asked for after the budget, which changes it.
+        strategy, size = strategies.USER_MANAGED, engine.device_memory_size_v2
     context = Context(size, engine.create_execution_context(strategy))
     if context.raw is None:
         raise ResourceError(
@@ -167,6 +173,22 @@ def make_context(product: Product, engine: TensorRT.ICudaEngine, log: MessageLog
     if lacking := context.ready.infer_shapes():
         raise refused(log, f"infer_shapes lacks {', '.join(lacking)}")
     return context
+
+
+def require_capturable(contexts: Sequence[Context], stream: int) -> None:
+    """Ask TensorRT for RTX whether a CUDA graph can record these contexts on this stream.
+
+    Raises:
+        IncompatibleError: names the plan that cannot.
+    """
+    for index, context in enumerate(contexts):
+        if not context.ready.is_stream_capturable(stream):
+            raise IncompatibleError(
+                "a plan cannot be recorded as a CUDA graph",
+                got=f"is_stream_capturable returned False for plan {index} of {len(contexts)}",
+                wanted="plans that allocate nothing while they run: built without weight_streaming",
+                do="Open the engine without cuda_graph, or build it anew.",
+            )
 
 
 def refused(log: MessageLog, call: str) -> LcexportError:

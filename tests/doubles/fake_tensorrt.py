@@ -261,8 +261,12 @@ def plan_bytes(
     streamable: int = 0,
     refittable: bool = False,
     stripped: bool = False,
+    allocates: bool = False,
 ) -> bytes:
-    """The double's "plan" of a model whose initialisers are inside it."""
+    """The double's "plan" of a model whose initialisers are inside it.
+
+    `allocates`: it was built by TensorRT for RTX without REQUIRE_USER_ALLOCATION.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     if stripped:
@@ -275,6 +279,7 @@ def plan_bytes(
             "streamable": streamable,
             "refittable": refittable or stripped,
             "stripped": stripped,
+            "allocates": allocates,
         }
     ).encode()
     content = copy.SerializeToString()
@@ -474,6 +479,10 @@ class ICudaEngine:
         need(strategy, ExecutionContextAllocationStrategy)
         if fails("ICudaEngine.create_execution_context"):
             return None
+        managed = strategy == ExecutionContextAllocationStrategy.USER_MANAGED
+        if managed and self._settings["allocates"] and self.streamable_weights_size:
+            say(self._logger, "weight streaming conflicts with user-managed allocation")
+            return None
         context = IExecutionContext(SECRET, self, strategy)
         self._contexts.add(context)
         return context
@@ -638,12 +647,17 @@ class IExecutionContext:
         else:
             self._memory = (memory, size)
 
+    def is_stream_capturable(self, stream: int) -> bool:
+        """TensorRT for RTX alone has it."""
+        stream_from(stream)
+        return not self._alive()._settings["allocates"]
+
     def execute_async_v3(self, stream_handle: int) -> bool:
         engine = self._alive()
-        if need(stream_handle, int) not in streams:
-            raise RuntimeError(f"illegal stream handle {stream_handle:#x}: a CUDA error")
+        stream = stream_from(stream_handle)
         problem = self._problem(engine)
-        stream = streams[stream_handle]
+        if stream.recorded is not None and engine._settings["allocates"]:
+            problem = "captured, and it allocates while it runs"
         if problem is None and stream.recorded is not None and not self._warm:
             problem = "captured before it ran once with these shapes"
         if problem is not None:
@@ -744,6 +758,13 @@ class HostStream:
 
 
 streams: "weakref.WeakValueDictionary[int, HostStream]" = weakref.WeakValueDictionary()
+
+
+def stream_from(handle: int) -> HostStream:
+    """The stream of a handle; the real library would end in a CUDA error."""
+    if need(handle, int) not in streams:
+        raise RuntimeError(f"illegal stream handle {handle:#x}: a CUDA error")
+    return streams[handle]
 
 
 class HostOps:

@@ -101,6 +101,28 @@ def test_a_capture_without_a_run_before_it(ready):
     assert done == [False, True]
 
 
+def test_a_capture_of_what_allocates(runtime):
+    engine: Any = runtime.deserialize_cuda_engine(trt.plan_bytes(MODEL, allocates=True))
+    context, ops = engine.create_execution_context(), trt.HostOps()
+    x, y = torch.zeros(4), torch.zeros(4)
+    assert context.set_tensor_address("x", x.data_ptr())
+    assert context.set_tensor_address("y", y.data_ptr())
+    assert context.execute_async_v3(ops.stream)
+    assert not context.is_stream_capturable(ops.stream)
+    done: list[bool] = []
+    ops.capture(lambda: done.append(context.execute_async_v3(ops.stream)))
+    assert done == [False]
+    with pytest.raises(RuntimeError, match="illegal stream handle"):
+        context.is_stream_capturable(0)
+
+
+def test_weights_that_are_streamed_into_memory_of_ours(runtime):
+    plan = trt.plan_bytes(MODEL, allocates=True, streamable=1 << 20)
+    engine: Any = runtime.deserialize_cuda_engine(plan)
+    assert engine.create_execution_context(USER_MANAGED) is None
+    assert engine.create_execution_context() is not None
+
+
 def test_an_engine_after_its_runtime():
     engine: Any = trt.Runtime(trt.Logger()).deserialize_cuda_engine(trt.plan_bytes(MODEL))
     with pytest.raises(RuntimeError, match="ICudaEngine is used after its Runtime was destroyed"):

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lcexport.configs.errors import IncompatibleError, UsageError
+from lcexport.configs.errors import BuildError, IncompatibleError, UsageError
+from lcexport.engines.trt import options
 from lcexport.engines.trt.options import TrtOptions, configure, require_supported
 from lcexport.engines.trt.product import MessageLog, Product, builder_for, logger_for
+
+GRAPHS = "REQUIRE_USER_ALLOCATION"
 
 
 @pytest.fixture
@@ -40,9 +43,14 @@ def test_float32_products_are_float32(rtx: Product, configured):
     assert not config.get_flag(flag)
 
 
-def test_defaults_set_no_flag_at_all(rtx: Product, configured):
+def flags_of(product: Product, config) -> set[str]:
+    members = product.trt.BuilderFlag.__members__
+    return {name for name, flag in members.items() if config.get_flag(flag)}
+
+
+def test_defaults_set_the_flag_that_cuda_graphs_need_and_no_other(rtx: Product, configured):
     config, _ = configured()
-    assert config.flags == 0
+    assert flags_of(rtx, config) == {"REQUIRE_USER_ALLOCATION"}
     assert config.profiling_verbosity == rtx.trt.ProfilingVerbosity.DETAILED
     assert config.builder_optimization_level == 3
     assert config.max_aux_streams == 0
@@ -70,15 +78,28 @@ def test_each_option_reaches_the_builder(rtx: Product, configured):
     ("options", "flags"),
     [
         ({"weight_streaming": True}, {"WEIGHT_STREAMING"}),
-        ({"strip_plan": True}, {"STRIP_PLAN", "REFIT_INDIVIDUAL"}),
-        ({"refit": True}, {"REFIT_INDIVIDUAL"}),
-        ({"strip_plan": True, "refit": True}, {"STRIP_PLAN", "REFIT_INDIVIDUAL"}),
+        ({"strip_plan": True}, {"STRIP_PLAN", "REFIT_INDIVIDUAL", GRAPHS}),
+        ({"refit": True}, {"REFIT_INDIVIDUAL", GRAPHS}),
+        ({"strip_plan": True, "refit": True}, {"STRIP_PLAN", "REFIT_INDIVIDUAL", GRAPHS}),
     ],
 )
 def test_each_wish_is_its_flags_and_no_others(rtx: Product, configured, options, flags):
     config, _ = configured(**options)
-    members = rtx.trt.BuilderFlag.__members__
-    assert {name for name, flag in members.items() if config.get_flag(flag)} == flags
+    assert flags_of(rtx, config) == flags
+
+
+def test_the_compiler_refuses_streaming_with_what_cuda_graphs_need(
+    compile_text, monkeypatch: pytest.MonkeyPatch
+):
+    """The reason to set one or the other."""
+
+    def both(product, options):
+        known = product.trt.BuilderFlag
+        return [known.WEIGHT_STREAMING, known.REQUIRE_USER_ALLOCATION]
+
+    monkeypatch.setattr(options, "builder_flags", both)
+    with pytest.raises(BuildError, match="conflicts with user-managed allocation"):
+        compile_text("g (float[2] x) => (float[2] y) <float[2] w = {1, 2}> { y = Mul (x, w) }")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +124,7 @@ def test_a_target_named_twice_is_refused():
 
 @pytest.mark.parametrize("name", ["sm90", "sm100", "current", "none", "89"])
 def test_an_unknown_target_names_the_known_ones(rtx: Product, name):
-    with pytest.raises(UsageError, match=r"wanted some of sm75, sm80, sm86, sm89, sm120"):
+    with pytest.raises(UsageError, match=r"wanted some of sm80, sm86, sm89, sm120, sm121$"):
         require_supported(rtx, TrtOptions(compute_capabilities=(name,)))
 
 

@@ -33,6 +33,21 @@ def demo_plans(demo_bundle, tmp_path_factory):
     return write_plans(demo_bundle / f"dit.{SIZE}.onnx", tmp_path_factory.mktemp("demo"), 3)
 
 
+@pytest.fixture
+def on_rtx(product, workspace, make_plans):
+    """`on_rtx({"allocates": True}, cuda_graph=True)`: three plans, on TensorRT for RTX."""
+    rtx = replace(product, name="tensorrt-rtx")
+    opened = []
+
+    def make(plan: dict, **wishes) -> TrtEngine:
+        opened.append(TrtEngine(rtx, make_plans(3, **plan), workspace, RunOptions(**wishes)))
+        return opened[-1]
+
+    yield make
+    for engine in opened:
+        engine.close()
+
+
 def test_one_plan_equals_onnx_runtime(open_engine, make_graph, velocity):
     with OrtEngine(make_graph("fp32")) as wanted:
         assert torch.equal(velocity(open_engine(1)), velocity(wanted))
@@ -150,9 +165,41 @@ class TestGraphCapture:
         assert output.isfinite().all()
         del held
 
+    def test_rtx_is_asked_first(self, on_rtx, inputs, output, ops):
+        engine = on_rtx({"allocates": True}, cuda_graph=True)
+        engine.run(inputs, {"velocity": output})
+        wanted = output.clone()
+        with pytest.raises(IncompatibleError, match=r"False for plan 0 of 3.*without cuda"):
+            engine.run(inputs, {"velocity": output})
+        assert "capture" not in ops.events
+        assert ops.events[-1] == "leave"
+        assert torch.equal(output, wanted)
+
+    def test_rtx_records_what_allocates_nothing(self, on_rtx, inputs, output, ops):
+        engine = on_rtx({}, cuda_graph=True)
+        for _ in range(3):
+            engine.run(inputs, {"velocity": output})
+        assert ops.events[-2:] == ["replay", "leave"]
+
+    def test_tensorrt_has_no_such_question(self, open_engine, inputs, output, double, monkeypatch):
+        monkeypatch.delattr(double.IExecutionContext, "is_stream_capturable")
+        engine = open_engine(3, cuda_graph=True)
+        for _ in range(2):
+            engine.run(inputs, {"velocity": output})
+
 
 class TestWeightStreaming:
     PLAN = {"streamable": 1 << 20}  # noqa: RUF012
+
+    def test_on_rtx_a_context_has_scratch_of_its_own(self, on_rtx, open_engine, velocity):
+        engine = on_rtx({**self.PLAN, "allocates": True}, weight_budget=3 << 18)
+        assert {context.scratch_bytes for context in engine._contexts} == {0}
+        assert torch.equal(velocity(engine), velocity(open_engine(3)))
+
+    def test_what_tensorrt_chooses_for_one_plan_is_shared_by_all(self, open_engine):
+        engine = open_engine(3, plan=self.PLAN, weight_budget="auto")
+        budgets = [plan.weight_streaming_budget_v2 for plan in engine._engines]
+        assert budgets == [(1 << 19) // 3] * 3
 
     def test_the_budget_is_shared_out_before_contexts(self, open_engine, velocity, double):
         plain = velocity(open_engine(3))
