@@ -25,7 +25,8 @@ from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.engines import PROVIDERS, Compiled
 from lcexport.engines.bundle import Bundle, EngineRecord, check_file
 from lcexport.engines.trt.backend import engine_record
-from lcexport.engines.trt.product import loads
+from lcexport.engines.trt.product import OFFERS, loads
+from lcexport.engines.trt.rebuild import rebuild_command
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -35,6 +36,7 @@ PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}  # in onnxruntime-gpu: a library each
 # The names a library was linked with stand in its head, long before any code or data.
 LINKAGE_BYTES = 64 << 10
+TENSORRT_LIBRARY = re.compile(r"lib(?:nvinfer\w*|nvonnxparser)\.so\.(\d+)")
 LINKED = re.compile(rb"lib(?:cu|nv)\w+\.so\.\d+")
 
 Providers = list[str | tuple[str, dict[str, str]]]
@@ -149,10 +151,12 @@ def require_libraries(provider: str) -> None:
 
 def cure(missing: list[str]) -> str:
     """Where the missing libraries come from."""
-    majors = {int(name.rpartition(".")[2]) for name in missing if name.startswith("libnv")}
-    if majors:
-        (major,) = majors  # of TensorRT: the library and its parser
-        return f"pip install 'tensorrt-cu13>={major},<{major + 1}', on a machine with CUDA."
+    found = filter(None, map(TENSORRT_LIBRARY.fullmatch, missing))
+    if majors := {int(name.group(1)) for name in found}:
+        (major,) = majors
+        oldest = max(OFFERS["tensorrt"].oldest, (major,))
+        floor = ".".join(map(str, oldest))
+        return f"pip install 'tensorrt-cu13>={floor},<{major + 1}', on a machine with CUDA."
     return "Install NVIDIA's driver, and the build of torch for that CUDA: it brings the others."
 
 
@@ -202,7 +206,7 @@ def plugin_device(device: torch.device) -> Any:
     raise IncompatibleError(
         f"TensorRT for RTX offers no {device}",
         got=f"{len(offered)} other devices",
-        wanted="an RTX GPU of compute capability 8.6, 8.9 or 12.0 and newer",
+        wanted="an RTX GPU: sm80, sm86, sm89, sm120 or sm121",
     )
 
 
@@ -225,9 +229,10 @@ def plans_model(bundle: Bundle, backend: str, resolution: str) -> tuple[Path, En
     compiled = compiled_by(backend)
     record = engine_record(bundle, compiled, resolution)
     if record.ep_context is None:
+        build = rebuild_command(bundle.manifest, compiled, resolution, wrapped_for=backend)
         raise UsageError(
             f"the {compiled} engine of {bundle.folder} has no EPContext model",
-            do=f"Build it with --backend {compiled},{backend} --ep-context.",
+            do=f"Build it: {build}",
         )
     for name in (record.ep_context, *(plan.file for plan in record.plans)):
         check_file(bundle.path(name), bundle.manifest.files[name], hashed=True)

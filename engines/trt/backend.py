@@ -12,9 +12,10 @@ from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageErro
 from lcexport.engines import Engine
 from lcexport.engines.bundle import WEIGHTS, Bundle, CallRecord, EngineRecord
 from lcexport.engines.trt.memory import CudaOps, Workspace, missing_gpu
-from lcexport.engines.trt.options import targets
+from lcexport.engines.trt.options import bf16_targets
 from lcexport.engines.trt.product import Product, open_product
 from lcexport.engines.trt.reader import BuiltFor, Here, PlanFile, read_here
+from lcexport.engines.trt.rebuild import rebuild_command
 from lcexport.engines.trt.runtime import RunOptions, SharedWeights, TrtEngine, open_plans
 from lcexport.engines.trt.steps import Call
 
@@ -35,7 +36,7 @@ def require(backend: str, precision: str, device: torch.device) -> None:
     product = open_product(backend)
     if device.type == "cuda":
         here = read_here(product, device)
-        if product.is_rtx and here.compute_capability not in (known := targets(product)):
+        if product.is_rtx and here.compute_capability not in (known := bf16_targets(product)):
             raise IncompatibleError(
                 f"{product} does not run on this GPU",
                 got=f"{here.gpu}, {here.compute_capability}",
@@ -120,10 +121,6 @@ def engine_from(
 ) -> TrtEngine:
     """The engine of a bundle's plans, in a workspace."""
     record = engine_record(bundle, product.name, resolution)
-    rebuild = (
-        f"lcexport build --model CHECKPOINT --res {resolution} --precision bf16 "
-        f"--backend {product.name} -o NEW"
-    )
     weights, options = SharedWeights(), options or RunOptions()
     if record.calls:
         weights = shared_weights(bundle, workspace.ops.device, like)
@@ -140,7 +137,7 @@ def engine_from(
         built_for(record),
         here,
         workspace,
-        rebuild=rebuild,
+        rebuild=rebuild_command(bundle.manifest, product.name, resolution, here.compute_capability),
         options=options,
         calls=[call_from(record, call) for call in record.calls] or None,
         shared_weights=weights,

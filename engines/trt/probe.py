@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 
 from lcexport.configs.errors import IncompatibleError, LcexportError
-from lcexport.engines.trt.options import targets
+from lcexport.engines.trt.options import bf16_targets
 from lcexport.engines.trt.product import (
     MessageLog,
     ProductName,
@@ -20,7 +20,6 @@ from lcexport.engines.trt.product import (
     logger_for,
     open_product,
 )
-from lcexport.engines.trt.reader import AMPERE
 from lcexport.engines.trt.worker import child_environment, error_from, private_stdout, value_from
 
 COMMAND = (sys.executable, "-c", "from lcexport.engines.trt.probe import main; main()")
@@ -94,8 +93,7 @@ def state_here(name: str) -> ProductState:
         product = open_product(name)
         version = ".".join(map(str, product.version))
         builder_for(product, logger_for(product, log), log)
-        known = tuple(name for name in targets(product) if int(name.removeprefix("sm")) >= AMPERE)
-        return ProductState(version, True, known)
+        return ProductState(version, True, bf16_targets(product))
     except LcexportError as error:
         return ProductState(version, error=error)
 

@@ -19,14 +19,13 @@ import torch
 
 from lcexport.configs.errors import IncompatibleError, IntegrityError
 from lcexport.engines.trt.memory import driver_version, missing_gpu
-from lcexport.engines.trt.options import HardwareCompatibility
+from lcexport.engines.trt.options import AMPERE, HardwareCompatibility
 from lcexport.engines.trt.product import MessageLog, Product
 
 if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
 
 CHUNK_BYTES = 64 << 20  # of the file held in host memory while an engine is read
-AMPERE = 80  # as in sm80, the first with bfloat16
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,11 @@ def read_here(product: Product, device: torch.device) -> Here:
 
 
 def this_platform() -> str:
-    """Operating system and processor, as plans are tied to them: "linux-x86_64"."""
+    """Operating system and processor: "linux-x86_64".
+
+    NVIDIA says that RTX plans move between Windows and Linux; refusing that is our choice, as it
+    has not been tried.
+    """
     return f"{platform.system()}-{platform.machine()}".lower()
 
 

@@ -33,10 +33,10 @@ from lcexport.engines.files import resource_errors
 from lcexport.engines.host import available_memory_bytes
 from lcexport.engines.trt.memory import gpu_of
 from lcexport.engines.trt.network import Expectations
-from lcexport.engines.trt.options import TrtOptions, require_supported
+from lcexport.engines.trt.options import TrtOptions, bf16_targets, require_supported
 from lcexport.engines.trt.probe import require_builder
 from lcexport.engines.trt.product import ProductName, open_product
-from lcexport.engines.trt.reader import AMPERE, read_here, this_platform
+from lcexport.engines.trt.reader import read_here, this_platform
 from lcexport.engines.trt.worker import compile_graph
 from lcexport.graph import prove_precision, save_graph
 from lcexport.graph.check import Target, check_graph
@@ -138,11 +138,11 @@ def require_compiler(backend: ProductName, options: BuildOptions) -> None:
     """
     product, trt = open_product(backend), options.trt
     require_supported(product, trt)
-    if low := [name for name in trt.compute_capabilities if int(name[2:]) < AMPERE]:
+    if low := sorted(set(trt.compute_capabilities) - set(known := bf16_targets(product))):
         raise IncompatibleError(
             f"{product} has no bfloat16 on these GPUs",
             got=", ".join(low),
-            wanted=f"sm{AMPERE} or newer",
+            wanted=f"some of {', '.join(known)}",
         )
     if product.is_rtx and options.device == "cpu" and (trt.refit or trt.strip_plan):
         raise IncompatibleError(

@@ -143,8 +143,15 @@ def test_a_plug_in_that_does_not_load_is_one_error(monkeypatch, tmp_path):
 def test_a_provider_of_missing_libraries_names_them(gpu, monkeypatch):
     lacks = ["libcublas.so.13", "libnvinfer.so.10", "libnvonnxparser.so.10"]
     monkeypatch.setattr(ort_providers, "missing_libraries", lambda path: lacks)
-    match = r"got no libcublas\.so\.13, libnvinfer.*pip install 'tensorrt-cu13>=10,<11'"
+    match = r"got no libcublas\.so\.13, libnvinfer.*pip install 'tensorrt-cu13>=10\.14,<11'"
     with pytest.raises(IncompatibleError, match=match):
+        require_backend("onnxruntime-tensorrt", "bf16", "cuda")
+    monkeypatch.setattr(ort_providers, "missing_libraries", lambda path: ["libnvinfer.so.11"])
+    with pytest.raises(IncompatibleError, match=r"'tensorrt-cu13>=11,<12'"):
+        require_backend("onnxruntime-tensorrt", "bf16", "cuda")
+    other = ["libnvrtc.so.13", "libnvJitLink.so.12"]
+    monkeypatch.setattr(ort_providers, "missing_libraries", lambda path: other)
+    with pytest.raises(IncompatibleError, match=r"no libnvrtc.*Install NVIDIA's driver"):
         require_backend("onnxruntime-tensorrt", "bf16", "cuda")
     monkeypatch.setattr(ort_providers, "missing_libraries", lambda path: lacks[:1])
     with pytest.raises(IncompatibleError, match=r"no libcublas\.so\.13; torch is built for CUDA"):
@@ -197,7 +204,9 @@ def test_without_plans_there_is_nothing_to_run(bundle, gpu):
 
 
 def test_plans_without_their_model_say_how_to_make_it(bundle, gpu):
-    match = r"no EPContext model\. Build it with --backend tensorrt,onnxruntime-tensorrt --ep-con"
+    match = (
+        r"no EPContext model\. Build it: .*tensorrt,onnxruntime-tensorrt .*--segments 1 --ep-con"
+    )
     with pytest.raises(UsageError, match=match):
         open_engine("onnxruntime-tensorrt", with_plans(bundle, None), SIZE, "cuda:0")
 

@@ -1,6 +1,7 @@
 """Plans without weights on the double: one block for all, one set of weights for all sizes."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -11,7 +12,7 @@ from trt_plans import plan_file
 
 from lcexport.builder.compile import call_records, part_units
 from lcexport.compare import STEP_TOLERANCE, difference
-from lcexport.configs.errors import IntegrityError, UsageError
+from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
 from lcexport.engines.bundle import (
     Bundle,
     EngineRecord,
@@ -100,6 +101,13 @@ def test_it_computes_what_onnx_runtime_computes(bundle, open_size, size):
             torch.testing.assert_close(found, run_branch(reference, golden, branch))
             error = difference(found, golden[f"velocity_{branch}"])
             assert STEP_TOLERANCE["fp32"].holds(error)
+
+
+def test_plans_that_were_built_elsewhere_say_how_to_build_the_same_here(bundle, product, workspace):
+    other = replace(HERE, gpu="another double")
+    match = "another GPU; .*Rebuild it here: lcexport build .*--device cuda --weights shared -o NEW"
+    with pytest.raises(IncompatibleError, match=match):
+        engine_from(product, other, bundle, SIZE, workspace)
 
 
 def test_two_size_bundle_use_one_set_of_weights_and_one_workspace(bundle, open_size, workspace):

@@ -1,0 +1,67 @@
+"""The command that builds a bundle's plans anew for the machine at hand."""
+
+import shlex
+
+from lcexport.engines.bundle import EngineRecord, Manifest
+from lcexport.engines.trt.options import TrtOptions
+
+# An EPContext model takes none of these: ONNX Runtime fills no plan and runs no plan's own code.
+NOT_WRAPPED = frozenset({"strip_plan", "version_compatible"})
+
+
+def rebuild_command(
+    manifest: Manifest,
+    product: str,
+    resolution: str,
+    compute_capability: str | None = None,
+    *,
+    wrapped_for: str | None = None,
+) -> str:
+    """What to type. CHECKPOINT and NEW are left for the reader, who knows the folders.
+
+    Args:
+        compute_capability: of the GPU at hand, for plans that were compiled for others.
+        wrapped_for: the backend of ONNX Runtime that is to run the plans.
+    """
+    record, graph = manifest.engines[product][resolution], manifest.graphs[resolution]
+    wrapped = wrapped_for is not None or record.ep_context is not None
+    backends = ",".join(filter(None, [product, wrapped_for]))
+    words = ["lcexport", "build", "--model", "CHECKPOINT", "--res", resolution]
+    words += ["--precision", manifest.precision, "--backend", backends, "--device", "cuda"]
+    effective = graph.added.effective if graph.added else manifest.effective
+    if effective.get("only") == "compile":
+        words += ["--only", "compile"]
+    if manifest.islands != "checkpoint":
+        words += ["--islands", manifest.islands]
+    if graph.batch != 1:
+        words += ["--batch", str(graph.batch)]
+    words += plans_words(record, product, wrapped)
+    words += targets_words(record, compute_capability)
+    words += ["--ep-context"] if wrapped else []
+    return shlex.join([*words, "-o", "NEW"])
+
+
+def plans_words(record: EngineRecord, product: str, wrapped: bool) -> list[str]:
+    """How many plans, where their weights are, and TensorRT's options that are not the defaults."""
+    words = []
+    if record.calls and not wrapped:
+        words += ["--weights", "shared"]
+    elif wrapped and product == "tensorrt":
+        words += ["--segments", "1"]
+    elif not record.calls:
+        words += ["--segments", str(len(record.plans))]
+    for name, value in record.options.items():
+        field = TrtOptions.model_fields.get(name)
+        if name == "compute_capabilities" or field is None or value == field.default:
+            continue
+        if not (wrapped and name in NOT_WRAPPED):
+            words += ["--trt", f"{name}={value}"]
+    return words
+
+
+def targets_words(record: EngineRecord, here: str | None) -> list[str]:
+    """The GPUs that were named when the plans were compiled, and the one at hand."""
+    named = record.options.get("compute_capabilities")
+    if not isinstance(named, list | tuple) or not named:
+        return []
+    return ["--targets", ",".join(dict.fromkeys([*map(str, named), *filter(None, [here])]))]
