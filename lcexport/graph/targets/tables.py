@@ -1,9 +1,10 @@
 """Products, opsets, operators and element types.
 
-`OPERATORS` was found by trying: for each operator and each element type, a graph of one node was
-parsed and built with TensorRT for RTX 1.7. The parser knows about a hundred operators more; what
-is not here was not tried, and no graph of this project needs it. TensorRT 10 and 11 share the
-parser's source; where a product or version differs, `TARGETS` says so.
+`OPERATORS` was found by trying graphs of one node, parsed and built with TensorRT for RTX 1.7: an
+operator and a type stand here where one such graph was built, with one choice of shapes and
+attributes. Others, and operators together, were not tried; nor were the operators that are not
+here, which no graph of this project needs. TensorRT 10 and 11 were not tried at all: they are taken
+to share the parser, but for what `TARGETS` says.
 """
 
 from dataclasses import dataclass
