@@ -145,7 +145,7 @@ class NewBundle:
         wanted, found = self.journal.fingerprint, journal.fingerprint
         if found != wanted:
             differ = [key for key, value in wanted.items() if found.get(key) != value]
-            raise InputError(
+            raise UsageError(
                 f"the unfinished build at {self.folder} was started differently",
                 got=f"another {', '.join(differ)}",
                 do="Resume with the same options and checkpoint, or delete that folder.",

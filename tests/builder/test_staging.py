@@ -11,7 +11,7 @@ import pytest
 
 from lcexport.builder import BuildOptions, build
 from lcexport.builder.staging import JOURNAL
-from lcexport.configs.errors import InputError, LockedError, ResourceError
+from lcexport.configs.errors import InputError, LockedError, ResourceError, UsageError
 from lcexport.engines.bundle import MANIFEST, open_bundle, read_manifest
 
 SIZE = "64x96x9"
@@ -114,7 +114,7 @@ def test_an_unfinished_build_is_not_taken_over_unasked(options, building):
 
 def test_an_unfinished_build_is_resumed_with_its_own_options_only(options, building):
     other = resumed(options, precision="bf16", backends=("eager",))
-    with pytest.raises(InputError, match="got another precision, backends"):
+    with pytest.raises(UsageError, match="got another precision, backends"):
         build(other)
     assert (building / JOURNAL).exists()
 
@@ -125,7 +125,7 @@ def test_an_unfinished_build_is_resumed_with_its_own_checkpoint_only(
     other = shutil.copytree(demo_checkpoint, tmp_path / "other")
     for shard in (other / "dit").glob("*-00001-*"):
         os.utime(shard)
-    with pytest.raises(InputError, match="got another model, source"):
+    with pytest.raises(UsageError, match="got another model, source"):
         build(resumed(options, model=other))
     assert (building / JOURNAL).exists()
 
