@@ -231,7 +231,9 @@ def refuse_occupied(output: Path) -> None:
     """A new bundle needs a free name or an empty folder."""
     if output.name in ("", ".."):
         raise UsageError("the output needs a name of its own", got=repr(str(output)))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not output.is_dir():
+        raise ResourceError("the output is a file", got=output, do="Name a folder with -o.")
+    if output.exists() and any(output.iterdir()):
         raise ResourceError(
             "the output folder is not empty",
             got=output,

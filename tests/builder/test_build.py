@@ -359,8 +359,8 @@ def test_an_output_that_is_not_empty_is_left_alone(demo_options, place):
     (place / "out/mine").write_text("precious")
     (place / "file").write_text("precious")
     before = digests(place)
-    for name in ("out", "file"):
-        with pytest.raises(ResourceError, match=r"not empty.*Name another with -o"):
+    for name, match in {"out": "not empty.*Name another with -o", "file": "is a file"}.items():
+        with pytest.raises(ResourceError, match=match):
             build(demo_options.model_copy(update={"output": place / name}))
     assert digests(place) == before
 
