@@ -28,6 +28,7 @@ from lcexport.engines.folders import FolderLock
 from lcexport.engines.host import peak_rss_bytes, reset_peak_rss
 
 JOURNAL = ".journal.json"
+COMPILING = "engines/*/*/.*.plan.*"  # where a compiler wrote when its parent was killed
 
 
 class StageOutput(BaseModel):
@@ -151,6 +152,7 @@ class NewBundle:
                 do="Resume with the same options and checkpoint, or delete that folder.",
             )
         self.journal = journal
+        sweep_compilers(self.folder)
         self._sweep()
 
     def _sweep(self) -> None:
@@ -191,6 +193,7 @@ class Addition:
         if not (self.folder / MANIFEST).is_file():
             raise IntegrityError(f"--add needs a bundle, and {self.folder} is not a bundle")
         self._lock.take(self.folder, self.folder)
+        sweep_compilers(self.folder)
         return self
 
     def claim(self, names: Iterable[str]) -> None:
@@ -225,6 +228,13 @@ class Addition:
         with resource_errors(self.folder):
             write_bytes(self.folder / MANIFEST, manifest_json(manifest), replace=True)
         self._made.clear()
+
+
+def sweep_compilers(folder: Path) -> None:
+    """Remove the folders that killed builds compiled in. The bundle is locked: nobody is there."""
+    for path in folder.glob(COMPILING):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def refuse_occupied(output: Path) -> None:

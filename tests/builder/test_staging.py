@@ -11,6 +11,7 @@ import pytest
 
 from lcexport.builder import BuildOptions, build
 from lcexport.builder.staging import JOURNAL
+from lcexport.configs import preset_from
 from lcexport.configs.errors import InputError, LockedError, ResourceError, UsageError
 from lcexport.engines.bundle import MANIFEST, open_bundle, read_manifest
 
@@ -74,6 +75,19 @@ def building(options: BuildOptions) -> Path:
     folder = options.output.with_name("out.building")
     assert folder.is_dir()
     return folder
+
+
+def adding(options: BuildOptions, folder: Path) -> BuildOptions:
+    presets = (preset_from("64x64x5"),)
+    return options.model_copy(update={"output": folder, "add": True, "presets": presets})
+
+
+def half_compiled(folder: Path) -> Path:
+    """What the compiler's parent leaves in a bundle when it is killed."""
+    left = folder / "engines/tensorrt-rtx/96x64x9/.00.plan.k3_x9abc"
+    left.mkdir(parents=True)
+    (left / "plan").write_bytes(b"half")
+    return left
 
 
 def resumed(options: BuildOptions, **changes: object) -> BuildOptions:
@@ -148,10 +162,12 @@ def test_what_no_finished_stage_made_is_swept_away(options, building):
     (building / "vae").mkdir()
     (building / "vae" / "half").write_bytes(b"half")
     (building / ".dit.safetensors.1.partial").write_bytes(b"half")
+    compiling = half_compiled(building)
     with pytest.raises(Stop):
         build(resumed(options), stop_at("components"))
     assert not list(building.rglob("half"))
     assert not list(building.rglob("*.partial"))
+    assert not compiling.exists()
 
 
 def test_nothing_to_resume(options):
@@ -182,20 +198,26 @@ def test_two_builders_of_one_folder(options):
     assert list(options.output.parent.iterdir()) == []
 
 
-def test_two_builders_adding_to_one_bundle(options, demo_bundle, tmp_path):
-    from lcexport.configs import preset_from
+def test_what_a_killed_addition_compiled_in_is_gone_after_the_next(options, demo_bundle, tmp_path):
+    folder = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    compiling = half_compiled(folder)
+    finished = compiling.with_name("00.plan")
+    finished.write_bytes(b"mine")
+    with pytest.raises(Stop):
+        build(adding(options, folder), stop_at("graph:64x64x5"))
+    assert not compiling.exists()
+    assert finished.read_bytes() == b"mine"
 
+
+def test_two_builders_adding_to_one_bundle(options, demo_bundle, tmp_path):
     folder = shutil.copytree(demo_bundle, tmp_path / "bundle")
     before = sorted(folder.rglob("*"))
-    adding = options.model_copy(
-        update={"output": folder, "add": True, "presets": (preset_from("64x64x5"),)}
-    )
 
     def build_too(stage: str, done: int, total: int) -> None:
         with pytest.raises(LockedError):
-            build(adding)
+            build(adding(options, folder))
         raise Stop
 
     with pytest.raises(Stop):
-        build(adding, build_too)
+        build(adding(options, folder), build_too)
     assert sorted(folder.rglob("*")) == before
