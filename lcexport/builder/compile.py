@@ -35,7 +35,7 @@ from lcexport.engines.trt.memory import gpu_of
 from lcexport.engines.trt.network import Expectations
 from lcexport.engines.trt.options import TrtOptions, bf16_targets, require_supported
 from lcexport.engines.trt.probe import require_builder
-from lcexport.engines.trt.product import ProductName, open_product
+from lcexport.engines.trt.product import Product, ProductName, open_product
 from lcexport.engines.trt.reader import read_here, this_platform
 from lcexport.engines.trt.worker import compile_graph
 from lcexport.graph import prove_precision, save_graph
@@ -137,6 +137,7 @@ def require_compiler(backend: ProductName, options: BuildOptions) -> None:
         IncompatibleError: the product cannot make a builder on this machine, or lacks an option.
     """
     product, trt = open_product(backend), options.trt
+    target_of(product)
     require_supported(product, trt)
     if low := sorted(set(trt.compute_capabilities) - set(known := bf16_targets(product))):
         raise IncompatibleError(
@@ -155,10 +156,24 @@ def require_compiler(backend: ProductName, options: BuildOptions) -> None:
     require_builder(backend, gpu_of(torch.device(options.device)))
 
 
+def target_of(product: Product) -> Target:
+    """Whose rules a graph is held against. IncompatibleError: a version that has none here."""
+    if product.is_rtx:
+        return "tensorrt-rtx"
+    major = product.version[0]
+    if major not in TARGETS:
+        raise IncompatibleError(
+            "what this TensorRT refuses is not known",
+            got=product,
+            wanted=" or ".join(TARGETS.values()),
+            do=f"pip install 'tensorrt-cu13<{max(TARGETS) + 1}'",
+        )
+    return TARGETS[major]
+
+
 def refuse_violations(model: ir.Model, backend: ProductName) -> None:
     """BuildError where the product's parser would refuse the graph: said before it is started."""
-    major = open_product(backend).version[0]
-    target = "tensorrt-rtx" if backend == "tensorrt-rtx" else TARGETS[major]
+    target = target_of(open_product(backend))
     if violations := check_graph(model, target):
         raise BuildError(
             f"{target} would refuse this graph",

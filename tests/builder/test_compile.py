@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from lcexport.builder import BuildOptions, build, options_from
+from lcexport.builder import compile as compiling
 from lcexport.builder.staging import JOURNAL
 from lcexport.configs.errors import BuildError, IncompatibleError, UsageError
 from lcexport.engines import open_engine
@@ -17,6 +18,7 @@ from lcexport.engines.bundle import open_bundle
 from lcexport.engines.ort import OrtEngine
 from lcexport.engines.trt import probe
 from lcexport.engines.trt.options import TrtOptions
+from lcexport.engines.trt.product import Product
 from lcexport.verify import verify
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
@@ -166,8 +168,6 @@ def test_a_changed_plan_fails_its_hash(compiled, tmp_path):
 
 
 def test_a_build_that_fails_in_a_segment_resumes_there(compiled_options, tmp_path, monkeypatch):
-    from lcexport.builder import compile as compiling
-
     real, asked = compiling.compile_graph, []
 
     def failing(*given, **named):
@@ -186,6 +186,20 @@ def test_a_build_that_fails_in_a_segment_resumes_there(compiled_options, tmp_pat
     build(options.model_copy(update={"resume": True}))
     assert asked == ["00.plan", "01.plan", "01.plan", "02.plan"]
     open_bundle(tmp_path / "b", every_hash=True)
+
+
+@pytest.mark.parametrize(("major", "target"), [(10, "tensorrt-10"), (11, "tensorrt-11")])
+def test_the_rules_are_those_of_the_version(major, target):
+    known = Product("tensorrt", None, (major, 14))  # pyright: ignore[reportArgumentType]
+    assert compiling.target_of(known) == target
+
+
+def test_a_tensorrt_whose_rules_are_not_known_is_refused_first(compiled_options, monkeypatch):
+    newer = Product("tensorrt", None, (12, 0, 1))  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(compiling, "open_product", lambda name: newer)
+    wanted = r"not known; got tensorrt 12\.0\.1; wanted tensorrt-10 or tensorrt-11\. .*<12"
+    with pytest.raises(IncompatibleError, match=wanted):
+        compiling.require_compiler("tensorrt", compiled_options)
 
 
 def test_fp32_is_refused_before_anything_is_built(compiled_options, tmp_path):
