@@ -75,17 +75,26 @@ def test_inspect_shows_what_was_compiled_for_what(run, demo_bundle, tmp_path):
     record = {
         "plans": [plan, plan], "product": "tensorrt-rtx", "version": "1.7.1.116",
         "platform": "linux-x86_64", "compute_capabilities": ["sm89", "sm120"],
-        "gpu": None, "driver": None, "options": {}, "verified": False,
+        "gpu": None, "driver": None, "verified": False,
+        "options": {"optimization_level": 3, "max_aux_streams": 0, "weight_streaming": True,
+                    "refit": False, "max_threads": None, "compute_capabilities": ["sm89", "sm120"]},
     }  # fmt: skip
-    manifest["engines"] = {"tensorrt-rtx": {"64x96x9": record}}
+    call = {"plan": 0, "prefix": "", "tensors": {}}
+    shared = {**record, "options": {}, "calls": [call, call]}
+    manifest["engines"] = {"tensorrt-rtx": {"64x96x9": record, "96x64x9": shared}}
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "backends": []}), "utf-8")
     code, out, _ = run("inspect", tmp_path)
     assert code == 0
     assert "none run (compiled only)" in out
-    (row,) = (line for line in out.splitlines() if "tensorrt-rtx 1.7.1.116" in line)
+    row, _ = (line for line in out.splitlines() if "tensorrt-rtx 1.7.1.116" in line)
     assert row.split()[-6:] == ["sm89,", "sm120", "2", "8", "not", "run"]
+    words = " ".join(out.split())
+    options = "optimization_level=3, max_aux_streams=0, weight_streaming=True"
+    assert f"engine tensorrt-rtx 64x96x9: weights inside, {options} engine" in words
+    assert "engine tensorrt-rtx 96x64x9: weights shared Build" in words
     code, out, _ = run("inspect", demo_bundle)
     assert "Engines" not in out
+    assert "engine tensorrt" not in out
 
 
 def test_the_doctor_says_what_can_be_done_here_and_what_is_missing(run):

@@ -61,6 +61,9 @@ def show_bundle(bundle: Bundle) -> None:
     out.print(graphs, proofs, files)
     if manifest.engines:
         out.print(engines_table(manifest.engines))
+        for backend, compiled in manifest.engines.items():
+            for resolution, engine in compiled.items():
+                show_fact("engine", f"{backend} {resolution}: {how_compiled(engine)}")
     show_stages(bundle)
 
 
@@ -80,6 +83,15 @@ def engines_table(engines: Mapping[str, Mapping[str, EngineRecord]]) -> Table:
                 Text("verified", "green") if engine.verified else Text("not run", "yellow"),
             )
     return rows
+
+
+def how_compiled(engine: EngineRecord) -> str:
+    """Where its weights are, and the options that say something; its targets are in the table."""
+    words = [f"weights {'shared' if engine.calls else 'inside'}"]
+    for name, value in engine.options.items():
+        if name != "compute_capabilities" and value is not None and value is not False:
+            words.append(f"{name}={value}")
+    return ", ".join(words)
 
 
 def attentions_of(engine: EngineRecord) -> int:
