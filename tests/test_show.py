@@ -11,11 +11,14 @@ from lcexport.builder import make_plan, open_source
 from lcexport.checkpoint import convert, validate
 from lcexport.configs import preset_from
 from lcexport.engines.bundle import Bundle, read_manifest
+from lcexport.qualify.claims import Claim, Result
+from lcexport.qualify.run import Qualification
 from lcexport.show import console
 from lcexport.show.build import show_plan
 from lcexport.show.bundle import show_bundle, show_verification
 from lcexport.show.checkpoint import show_validation
 from lcexport.show.console import show_json, show_text
+from lcexport.show.qualification import show_qualification
 from lcexport.verify import Check, Report, verify
 
 COLUMNS = 80
@@ -61,6 +64,20 @@ def test_a_verification_fits_80_columns_and_no_number_is_cut(shown, demo_bundle)
     assert len(rows) == 4
     assert all("max" in row and "l2" in row and "cos 1" in row and "ok" in row for row in rows)
     assert lines[-1] == "verified"
+
+
+def test_what_is_piped_fits_100_columns_and_long_reasons_are_wrapped(capsys):
+    why = "tensorrt engines run on NVIDIA GPUs, and there is none of them to be seen here. " * 4
+    check = Check("load", "64x96x9", "tensorrt", "inputs", {}, why.strip(), False)
+    show_verification(Report("bundle", "load", (check,)))
+    result = Result(Claim("faster-than-compile", "s", "t"), "refuted", why=why.strip())
+    show_qualification(
+        Qualification({"backend": "b", "resolution": "r"}, {}, (result,), True), Path("r")
+    )
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    words = printed.replace("refuted", "").replace("FAILED", "").split()
+    assert " ".join(words).count(why.strip()) == 2
 
 
 def test_a_validation_keeps_the_names_of_files_whole(shown, demo_checkpoint):

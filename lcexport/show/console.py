@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-PLAIN_WIDTH = 140  # where the output is no terminal
+PLAIN_WIDTH = 100  # where the output is no terminal
 SCHEMA_VERSION = 1  # of every JSON document that does not carry one of its own
 LABEL = 14  # characters before a fact
 
