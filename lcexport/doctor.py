@@ -1,7 +1,7 @@
 """What this machine can do with lcexport, and what it would need for the rest.
 
 Facts are read; verdicts are not ours: each is what `build` or `generate` would say, taken from the
-checks they make themselves.
+checks they make themselves. Only where the advice is a GPU, what stands in its way is added.
 """
 
 import platform
@@ -20,7 +20,7 @@ from lcexport.configs.errors import LcexportError, UsageError
 from lcexport.engines import BACKENDS, COMPILED, backend_module, require_backend
 from lcexport.engines.bundle import Precision
 from lcexport.engines.host import available_memory_bytes, total_memory_bytes
-from lcexport.engines.trt.memory import driver_version
+from lcexport.engines.trt.memory import driver_version, missing_gpu
 from lcexport.engines.trt.probe import ProductState, probe
 from lcexport.engines.trt.product import OFFERS, installed_module
 from lcexport.engines.trt.reader import this_platform
@@ -161,8 +161,17 @@ def refusal(
     try:
         require_backend(backend, precision, device)
     except LcexportError as error:
-        return error
+        return advised(error)
     return product.error if product is not None and action == "build" else None
+
+
+def advised(error: LcexportError) -> LcexportError:
+    """The error; where its advice is a GPU and there is none, with what this machine lacks."""
+    missing = missing_gpu()
+    if missing is None or not error.do or not error.do.endswith("--device cuda."):
+        return error
+    do = f"{error.do.removesuffix('.')} on a machine with a GPU: this one has {missing}."
+    return type(error)(error.what, got=error.got, wanted=error.wanted, do=do)
 
 
 def read_facts() -> Facts:

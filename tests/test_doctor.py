@@ -41,6 +41,11 @@ def message(act) -> str | None:
     return None
 
 
+def words(error: LcexportError) -> str:
+    """A verdict's own words, without what the doctor says of this machine."""
+    return str(error).replace(f" on a machine with a GPU: this one has {missing_gpu()}.", ".")
+
+
 def test_the_facts_are_this_machines(here):
     facts = here.facts
     assert facts.python == platform.python_version()
@@ -70,7 +75,7 @@ def test_the_verdicts_are_what_the_backends_say(here):
         said = message(lambda asked=asked: require_backend(*asked))
         if said is None and verdict.action == "build" and verdict.backend in states:
             said = states[verdict.backend].error and str(states[verdict.backend].error)
-        assert (verdict.error and str(verdict.error)) == said, asked
+        assert (verdict.error and words(verdict.error)) == said, asked
 
 
 @without_gpu
@@ -116,7 +121,7 @@ def test_a_build_refuses_what_the_doctor_refuses_and_leaves_nothing(
     changes = {"output": tmp_path / "b", "backends": (backend,), "precision": precision}
     with pytest.raises(type(verdict.error)) as caught:
         build(demo_options.model_copy(update=changes))
-    assert str(caught.value) == str(verdict.error)
+    assert str(caught.value) == words(verdict.error)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,6 +138,20 @@ def test_a_missing_builder_stands_in_the_way_of_building_only(absent, monkeypatc
     monkeypatch.setattr(doctor, "require_backend", lambda *asked: None)
     verdicts = diagnose("tensorrt", "bf16").verdicts
     assert {v.action: v.error for v in verdicts} == {"build": ABSENT.error, "run": None}
+
+
+@pytest.mark.parametrize("missing", ["no NVIDIA driver", None])
+def test_a_gpu_is_advised_with_what_stands_in_its_way(absent, monkeypatch, missing):
+    monkeypatch.setattr(doctor, "missing_gpu", lambda: missing)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for backend in ("onnxruntime", "onnxruntime-tensorrt"):
+        verdicts = diagnose(backend, "bf16").verdicts
+        assert verdicts
+        for verdict in verdicts:
+            assert verdict.error is not None
+            end = f" on a machine with a GPU: this one has {missing}." if missing else "."
+            assert str(verdict.error).endswith(f"se --device cuda{end}")
+            assert verdict.error.exit_code == 5
 
 
 def test_with_a_gpu_processor_and_gpu_are_both_asked(absent, monkeypatch):

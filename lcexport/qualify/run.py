@@ -10,6 +10,7 @@ import torch
 
 from lcexport.builder import build, options_from
 from lcexport.configs.errors import IncompatibleError, UsageError
+from lcexport.doctor import advised
 from lcexport.engines import COMPILED, require_backend
 from lcexport.engines.bundle import Bundle, read_manifest
 from lcexport.engines.files import refuse_existing, resource_errors, write_bytes
@@ -122,7 +123,11 @@ def has_engine(bundle: Bundle, backend: str, resolution: str) -> bool:
 
 def require(bundle: Bundle, backend: str, resolution: str, device: str, *, buildable: bool) -> None:
     """Refuse at once what no check could do anything about."""
-    require_backend(backend, bundle.manifest.precision, device)
+    try:
+        require_backend(backend, bundle.manifest.precision, device)
+        require_gpu(backend, device)
+    except IncompatibleError as error:
+        raise advised(error) from error
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise IncompatibleError(
             "torch sees no CUDA device",
@@ -135,6 +140,16 @@ def require(bundle: Bundle, backend: str, resolution: str, device: str, *, build
             do=f"Name a checkpoint with --model to have one built, or build it: lcexport build "
             f"--model CHECKPOINT --res {resolution} --precision {precision} --backend {backend} "
             f"--device {device} -o NEW",
+        )
+
+
+def require_gpu(backend: str, device: str) -> None:
+    """Compiled engines run on GPUs only; on a processor each claim about one would be refuted."""
+    if backend in COMPILED and torch.device(device).type == "cpu":
+        raise IncompatibleError(
+            f"{backend} engines run on NVIDIA GPUs",
+            got=f"device {device}",
+            do="Name another --backend, or use --device cuda.",
         )
 
 

@@ -31,7 +31,7 @@ from lcexport.engines.trt.reader import Here, this_platform
 from lcexport.engines.trt.runtime import TrtEngine
 from lcexport.graph.parts import parts_of
 from lcexport.graph.segments import segment_graph
-from lcexport.qualify import environment, marked
+from lcexport.qualify import environment, marked, run
 
 sys.path.append(str(Path(__file__).parents[1] / "engines" / "trt_runtime"))
 load_double = importlib.import_module("trt_plans").load_double
@@ -110,6 +110,7 @@ def install(set_attribute: Callable[[object, str, object], None]) -> None:
     """Make the `tensorrt` backend the double, through a function like `setattr`."""
     set_attribute(trt_backend, "open_engine", open_engine)
     set_attribute(trt_backend, "require", lambda backend, precision, device: None)
+    set_attribute(run, "require_gpu", lambda backend, device: None)
     set_attribute(environment, "open_product", product)
     set_attribute(marked, "open_product", product)
     set_attribute(marked, "expected", lambda segment, bulk: None)  # a proof is of bf16 graphs

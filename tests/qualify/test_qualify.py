@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcexport import cli
+from lcexport import cli, doctor
 from lcexport.configs.errors import BuildError, IncompatibleError, ResourceError, UsageError
+from lcexport.engines.trt import backend as trt_backend
 from lcexport.qualify import bisect, files, fusion, run
 from lcexport.qualify.claims import Check, Claim, measured
 from lcexport.qualify.page import page
@@ -203,6 +204,24 @@ def test_a_machine_without_a_gpu_is_told_so_at_once(command, pair_bundle, tmp_pa
     assert code == IncompatibleError.exit_code
     assert "CUDA" in err
     assert not (tmp_path / "report").exists()
+
+
+def test_a_compiled_engine_on_a_processor_is_one_error_before_any_claim(
+    command, double_bundle, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trt_backend, "require", lambda backend, precision, device: None)
+    for missing, end in (
+        (None, ""),
+        ("no driver", " on a machine with a GPU: this one has no driver"),
+    ):
+        monkeypatch.setattr(doctor, "missing_gpu", lambda missing=missing: missing)
+        code, out, err = command(double_bundle, "--device", "cpu", "-o", tmp_path / "report")
+        assert (code, out) == (IncompatibleError.exit_code, "")
+        assert err == (
+            "error: tensorrt engines run on NVIDIA GPUs; got device cpu. "
+            f"Name another --backend, or use --device cuda{end}.\n"
+        )
+        assert not (tmp_path / "report").exists()
 
 
 def test_polygraphy_is_asked_for_before_hours_of_work(monkeypatch, pair_bundle, tmp_path):
