@@ -16,6 +16,8 @@ from lcexport.engines.trt.options import TrtOptions
 BUNDLES = Path("bundles")
 DEFAULT_MODEL = Path("weights/LongCat-Video")
 MODEL_VARIABLE = "LCEXPORT_MODEL"
+OPTIONS = {"presets": "res", "backends": "backend"}  # fields with another name than their option
+TARGETS = "compute_capabilities"
 Only = Literal["all", "compile", "export"]
 Weights = Literal["inside", "shared"]  # of a compiled engine: in its plans, or handed in
 
@@ -148,9 +150,19 @@ def options_from(
         return BuildOptions.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{where}: {message}" if where else message) from error
+        if not first["loc"]:  # options that contradict each other
+            raise UsageError(message) from error
+        option = option_of(first["loc"], targets)
+        raise UsageError(f"{option}: {message}", got=repr(first["input"])) from error
+
+
+def option_of(place: tuple[int | str, ...], targets: str | None) -> str:
+    """What was typed on the command line for a field."""
+    name, *below = map(str, place)
+    if name == "trt" and below:
+        return "--targets" if targets and below[0] == TARGETS else f"--trt {below[0]}"
+    return f"--{OPTIONS.get(name, name).replace('_', '-')}"
 
 
 def trt_fields(given: Mapping[str, str], targets: str | None) -> dict[str, object]:
@@ -163,8 +175,8 @@ def trt_fields(given: Mapping[str, str], targets: str | None) -> dict[str, objec
                 wanted=f"one of {', '.join(TrtOptions.model_fields)}",
             )
     fields: dict[str, object] = dict(given)
-    if targets := targets or given.get("compute_capabilities"):
-        fields["compute_capabilities"] = tuple(part.strip() for part in targets.split(","))
+    if targets := targets or given.get(TARGETS):
+        fields[TARGETS] = tuple(part.strip() for part in targets.split(","))
     return fields
 
 

@@ -246,10 +246,17 @@ def test_a_compiler_that_crashes_here_is_refused_before_anything_is_built(
         ({"weights": "shared", "trt": {"refit": "true"}}, "shared weights have no refit"),
         ({"weights": "shared", "ep_context": True}, "shared weights have no EPContext model"),
         ({"backends": "onnxruntime", "segments": 2}, "need a TensorRT backend"),
-        ({"trt": {"optimization_level": "6"}}, "trt.optimization_level: .*equal to 5"),
+        ({"trt": {"optimization_level": "6"}}, "--trt optimization_level: .*equal to 5; got '6'"),
         ({"trt": {"optimisation": "3"}}, "got 'optimisation'; wanted one of workspace_bytes"),
-        ({"trt": {"refit": "perhaps"}}, "trt.refit: .*boolean"),
-        ({"targets": "sm89,sm89"}, "named twice: sm89"),
+        ({"trt": {"refit": "perhaps"}}, "--trt refit: .*boolean.*got 'perhaps'"),
+        ({"targets": "sm89,sm89"}, "--targets: .*named twice: sm89"),
+        (
+            {"trt": {"compute_capabilities": "sm89,sm89"}},
+            "--trt compute_capabilities: .*named twice",
+        ),
+        ({"segments": -1}, "--segments: .*equal to 0; got -1"),
+        ({"weights": "outside"}, "--weights: .*'inside' or 'shared'; got 'outside'"),
+        ({"ep_context": "perhaps"}, "--ep-context: .*boolean"),
     ],
 )
 def test_options_that_contradict_are_refused(given, match):
