@@ -185,6 +185,43 @@ def test_a_dry_run_is_a_plan(run, demo_checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--backend", "tensorrt-rtx"], 5),
+        (["--precision", "bf16"], 5),
+        (["--backend", "eager", "--device", "meta"], 2),
+        (["--backend", "tensorrt-rtx", "--precision", "bf16", "--trt", "refit=perhaps"], 2),
+        (["--backend", "tensorrt-rtx", "--targets", "sm89,sm89"], 2),
+        (["--ep-context"], 2),
+    ],
+)
+def test_a_plan_and_a_dry_run_refuse_what_the_build_refuses(
+    run, demo_checkpoint, tmp_path, words, code
+):
+    words = ["--model", demo_checkpoint, "--res", "demo", "-o", tmp_path / "b", *words]
+    built = run("build", *words)
+    assert built[:2] == (code, "")
+    assert run("plan", *words) == run("build", *words, "--dry-run") == built
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_reads_the_components_and_the_bundle_that_is_added_to(
+    run, demo_checkpoint, demo_bundle, tmp_path
+):
+    copy = Path(shutil.copytree(demo_checkpoint, tmp_path / "copy"))
+    shutil.rmtree(copy / "vae")
+    code, out, err = run("plan", "--model", copy, "--res", "demo")
+    assert (code, out) == (3, "")
+    assert "vae" in err
+    code, out, err = run("plan", "--add", "-o", demo_bundle, "--res", "64x96x9")
+    assert (code, out) == (2, "")
+    assert "has 64x96x9 already" in err
+    code, out, _ = run("plan", "--add", "-o", demo_bundle, "--res", "64x64x5", "--json")
+    assert code == 0
+    assert json.loads(out)["stages"][0] == "graph:64x64x5"
+
+
 def test_validate_and_convert(run, demo_checkpoint, tmp_path):
     code, out, _ = run("validate", demo_checkpoint, "--json")
     assert code == 0

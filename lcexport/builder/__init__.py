@@ -14,7 +14,7 @@ from lcexport.builder.options import (
     options_from,
 )
 from lcexport.builder.plan import Plan, make_plan, refuse_shortage
-from lcexport.builder.run import BuildProgress, build
+from lcexport.builder.run import BuildProgress, build, preflight
 from lcexport.builder.stages import open_source
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "make_plan",
     "open_source",
     "options_from",
+    "preflight",
     "refuse_shortage",
 ]

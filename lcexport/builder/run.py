@@ -12,7 +12,7 @@ from lcexport.builder.compile import (
     require_compiler,
 )
 from lcexport.builder.options import BuildOptions
-from lcexport.builder.plan import make_plan, refuse_shortage
+from lcexport.builder.plan import Plan, make_plan, refuse_shortage
 from lcexport.builder.stages import (
     components_stage,
     engine_stage,
@@ -60,9 +60,7 @@ def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bu
         BuildError: a graph breaks the precision policy, or an engine disagrees with eager.
     """
     report = on_progress or (lambda stage, done, total: None)
-    checkpoint = open_source(options)
-    check_environment(checkpoint, options)
-    refuse_shortage(make_plan(checkpoint, options))
+    checkpoint = preflight(options)
     if options.add:
         with Addition(options.output) as addition:
             # Under the lock: another builder may have added to the bundle a moment ago.
@@ -78,6 +76,22 @@ def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bu
     with NewBundle(options.output, fingerprint, resume=options.resume) as place:
         place.publish(run_stages(place, checkpoint, options, None, report))
     return open_bundle(options.output)
+
+
+def preflight(
+    options: BuildOptions, on_plan: Callable[[Plan], None] = lambda plan: None
+) -> Checkpoint:
+    """What the build starts from; every refusal that can come before a byte is written comes now.
+
+    Args:
+        on_plan: handed the plan before disk and memory are held against it.
+    """
+    checkpoint = open_source(options)
+    check_environment(checkpoint, options)
+    plan = make_plan(checkpoint, options)
+    on_plan(plan)
+    refuse_shortage(plan)
+    return checkpoint
 
 
 def made_by(options: BuildOptions) -> list[str]:
@@ -208,7 +222,9 @@ def grown(manifest: Manifest, done: DoneStage, record: GraphRecord) -> Manifest:
 
 def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:
     """Refuse now what a later stage would refuse after an hour: components, device, backends."""
-    if not options.add:
+    if options.add:
+        addable_bundle(options)
+    else:
         check_components(checkpoint, required=COMPONENTS if options.only == "all" else ())
     for backend in options.compiled + options.engines:
         require_backend(backend, options.precision, options.device)

@@ -1,7 +1,8 @@
 """`build` and `plan`."""
 
+from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -111,41 +112,21 @@ def build(
         show_built(bundle)
 
 
-@app.command()
-def plan(
-    model: ModelOption = None,
-    res: ResOption = "480p",
-    output: OutputOption = None,
-    precision: PrecisionOption = "fp32",
-    islands: IslandsOption = "checkpoint",
-    backend: BackendsOption = "onnxruntime",
-    batch: BatchOption = 1,
-    device: DeviceOption = "cpu",
-    only: OnlyOption = "all",
-    weights: WeightsOption = "inside",
-    segments: SegmentsOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Shapes, FLOPs, disk and memory of a build; refuses where the machine will not do."""
-    from lcexport.builder import options_from
+def plan(**asked: Any) -> None:
+    """Shapes, FLOPs, disk and memory of a build; refuses what the build would refuse."""
+    build(**asked, dry_run=True)
 
-    options = options_from(
-        model=model, res=res, output=output, precision=precision, islands=islands,
-        backends=backend, batch=batch, device=device, only=only, weights=weights,
-        segments=segments,
-    )  # fmt: skip
-    show_the_plan(options, as_json)
+
+# One declaration for both: a plan takes whatever `build` takes.
+taken = [given for given in signature(build).parameters.values() if given.name != "dry_run"]
+setattr(plan, "__signature__", Signature(taken))  # noqa: B010  # pyright knows no such attribute
+app.command()(plan)
 
 
 def show_the_plan(options: "BuildOptions", as_json: bool) -> None:
-    """Print the plan, then refuse if disk or memory will not do."""
-    from lcexport.builder import make_plan, open_source, refuse_shortage
+    """Refuse what the build would refuse; print the plan before disk and memory are judged."""
+    from lcexport.builder import preflight
     from lcexport.show.build import show_plan
     from lcexport.show.console import show_json
 
-    made = make_plan(open_source(options), options)
-    if as_json:
-        show_json(made.as_dict())
-    else:
-        show_plan(made)
-    refuse_shortage(made)
+    preflight(options, lambda made: show_json(made.as_dict()) if as_json else show_plan(made))
