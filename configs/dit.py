@@ -4,11 +4,42 @@ import json
 from pathlib import Path
 from typing import Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from lcexport.configs.errors import InputError
 
 FFN_MULTIPLE = 256
+
+
+class BlockSparseParams(BaseModel):
+    """`bsa_params`: block-sparse self-attention, which refinement may use.
+
+    Attributes:
+        sparsity: the share of key chunks left out; None only where there is a `cdf_threshold`.
+        cdf_threshold: the share of the gate's softmax that the kept chunks may have together.
+        chunk_3d_shape_q, chunk_3d_shape_k: frames, rows and columns of a chunk, in tokens.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sparsity: float | None = Field(default=0.9375, ge=0, le=1)
+    cdf_threshold: float | None = Field(default=None, gt=0, le=1)
+    chunk_3d_shape_q: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 4, 4)
+    chunk_3d_shape_k: tuple[PositiveInt, PositiveInt, PositiveInt] = (4, 4, 4)
+
+    @model_validator(mode="after")
+    def _chooses(self) -> Self:
+        if self.sparsity is None and self.cdf_threshold is None:
+            raise ValueError("bsa_params has neither a sparsity nor a cdf_threshold")
+        return self
 
 
 class DiTConfig(BaseModel):
@@ -34,6 +65,8 @@ class DiTConfig(BaseModel):
     patch_size: tuple[int, int, int] = (1, 2, 2)
     # The class default of the original is false; the released file says true.
     text_tokens_zero_pad: bool = False
+    # What block-sparse attention is to be like where it is used, not that it is used.
+    bsa_params: BlockSparseParams | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

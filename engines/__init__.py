@@ -10,6 +10,12 @@ Inputs and output of every DiT engine, B the batch it was built for (1 unless as
     timestep                float32 [B, T]             0..1000, one per latent frame
     encoder_attention_mask  bool    [B, L]             True where a token is not padding
     velocity                float32 [B, 16, T, H, W]   x0 - noise, as the network predicts it
+
+A continuation's clean frames, M tokens of them, are keys and values of each layer (A heads of
+dimension D): outputs of one engine, which takes their latents and timesteps alone, and inputs of
+another, which takes all of the above.
+
+    key.0, value.0, ...     bulk    [B, A, M, D]       keys after their norm and before RoPE
 """
 
 from collections.abc import Mapping
@@ -100,6 +106,16 @@ class Engine(Protocol):
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *exception: object) -> None: ...
+
+
+def cache_names(layer: int) -> tuple[str, str]:
+    """Names of one layer's cached keys and values."""
+    return f"key.{layer}", f"value.{layer}"
+
+
+def is_cached(name: str) -> bool:
+    """Whether an engine's tensor of that name is part of a key/value cache."""
+    return name.startswith(("key.", "value."))
 
 
 def open_engine(

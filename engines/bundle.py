@@ -2,10 +2,13 @@
 
     manifest.json              this module's `Manifest`
     dit.safetensors            the DiT's weights, native names, one file for every resolution
-    dit.<resolution>.onnx      one graph per resolution; initialisers are ranges of the file above
+    dit.<graph>.onnx           one graph per task and resolution; initialisers are ranges of it
     transformer/config.json    the DiT's configuration
     text_encoder/ tokenizer/ vae/ scheduler/   as in the checkpoint
-    golden/<resolution>.safetensors            inputs and reference outputs for `verify`
+    golden/<graph>.safetensors                 inputs and reference outputs for `verify`
+
+A graph's name is its resolution's, followed by the task where that is not text-to-video: `480p`,
+`480p.i2v`, `480p.vc.cache`.
 
 Nothing here writes: bundles are written by `lcexport.builder`. Nothing here needs a GPU.
 """
@@ -18,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lcexport.configs import Preset
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
+from lcexport.configs.tasks import Job, job_name, task_in
 from lcexport.engines.files import sha256_of
 
 SCHEMA_VERSION = 1
@@ -60,17 +64,25 @@ class AddedRecord(Frozen):
 
 
 class GraphRecord(Frozen):
-    """One resolution: its preset, its graph, and the proof that the graph keeps the precision."""
+    """One graph: what it computes, its file, and the proof that it keeps the precision."""
 
     file: str
-    preset: Preset
+    job: Job
     batch: int = Field(ge=1)
-    num_cond_latents: int = Field(ge=0)
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     precision_proof: dict[str, int]
     golden: str | None = None
     added: AddedRecord | None = None
+
+    @property
+    def name(self) -> str:
+        """The graph's key in the manifest."""
+        return self.job.name
+
+    @property
+    def preset(self) -> Preset:
+        return self.job.preset
 
 
 class PlanRecord(Frozen):
@@ -185,16 +197,22 @@ class Bundle:
             raise IntegrityError(f"the bundle {self.folder} has no file {name}")
         return self.folder / name
 
-    def graph(self, resolution: str) -> GraphRecord:
-        """The graph built for `resolution`; UsageError names the ones there are."""
-        if resolution not in self.manifest.graphs:
-            raise UsageError(
-                f"the bundle {self.folder} was not built for this resolution",
-                got=repr(resolution),
-                wanted=f"one of {', '.join(self.manifest.graphs)}",
-                do=f"Add it: lcexport build --res {resolution} --add -o {self.folder}",
-            )
-        return self.manifest.graphs[resolution]
+    def graph(self, name: str) -> GraphRecord:
+        """The graph of that name; UsageError names the ones there are."""
+        graphs = self.manifest.graphs
+        if name in graphs:
+            return graphs[name]
+        resolution, task, _ = task_in(name)
+        raise UsageError(
+            f"the bundle {self.folder} was not built for this",
+            got=repr(name),
+            wanted=f"one of {', '.join(graphs)}",
+            do=f"Add it: lcexport build --res {resolution} --task {task} --add -o {self.folder}",
+        )
+
+    def job_graph(self, resolution: str, task: str, part: str = "denoise") -> GraphRecord:
+        """The graph that does a part of a task at a resolution; UsageError as `graph`."""
+        return self.graph(job_name(resolution, task, part))
 
     def check_files(self, *, every_hash: bool = False) -> None:
         """Compare each file with the manifest: size always, SHA-256 where small or asked for.

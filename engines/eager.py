@@ -3,7 +3,7 @@
 The module is handed in; nothing here knows how the DiT is made.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -11,11 +11,15 @@ import torch
 from lcexport.configs.errors import UsageError
 from lcexport.engines import TensorSpec
 
-Forward = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+Forward = Callable[[Mapping[str, torch.Tensor]], Sequence[torch.Tensor]]
 
 
 class EagerEngine:
-    """Calls `forward` with the named inputs and stores what it returns. See `Engine`."""
+    """Calls `forward` with the named inputs and stores what it returns. See `Engine`.
+
+    Args:
+        forward: gives one tensor per output, in the outputs' order.
+    """
 
     backend = "eager"
 
@@ -23,12 +27,12 @@ class EagerEngine:
         self,
         forward: Forward,
         inputs: tuple[TensorSpec, ...],
-        output: TensorSpec,
+        outputs: tuple[TensorSpec, ...],
         device: torch.device,
     ) -> None:
         self._forward: Forward | None = forward
         self.inputs = inputs
-        self.outputs = (output,)
+        self.outputs = outputs
         self.device = device
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
@@ -37,10 +41,11 @@ class EagerEngine:
             raise UsageError("the engine is closed")
         for spec in self.inputs:
             spec.check(inputs[spec.name], self.device)
-        output = outputs[self.outputs[0].name]
-        self.outputs[0].check(output, self.device)  # copy_ would broadcast and convert in silence
+        for spec in self.outputs:  # copy_ would broadcast and convert in silence
+            spec.check(outputs[spec.name], self.device)
         with torch.inference_mode():
-            output.copy_(self._forward(inputs))
+            for spec, made in zip(self.outputs, self._forward(inputs), strict=True):
+                outputs[spec.name].copy_(made)
 
     def close(self) -> None:
         """Release the module."""

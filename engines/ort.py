@@ -26,8 +26,13 @@ from lcexport.engines.ort_providers import (
 
 __all__ = ["OrtEngine", "open_engine", "require"]
 
-NUMPY_DTYPES = {torch.float32: np.float32, torch.bool: np.bool_}
-TORCH_DTYPES = {"tensor(float)": torch.float32, "tensor(bool)": torch.bool}
+ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; NumPy has no name for it
+ELEMENT_TYPES = {torch.float32: np.float32, torch.bool: np.bool_, torch.bfloat16: ONNX_BFLOAT16}
+TORCH_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(bool)": torch.bool,
+    "tensor(bfloat16)": torch.bfloat16,
+}
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
@@ -98,7 +103,7 @@ class OrtEngine:
                     name=spec.name,
                     device_type=self.device.type,
                     device_id=self.device.index or 0,
-                    element_type=NUMPY_DTYPES[spec.dtype],
+                    element_type=ELEMENT_TYPES[spec.dtype],
                     shape=spec.shape,
                     buffer_ptr=tensor.data_ptr(),
                 )

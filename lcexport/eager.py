@@ -1,6 +1,6 @@
 """The `eager` backend: the bundle's weights in the native torch DiT."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import IncompatibleError
 from lcexport.dit import LongCatDiT, dit_from_tensors
-from lcexport.engines import Engine, TensorSpec
-from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle, GraphRecord
+from lcexport.dit.attention import KeyValue
+from lcexport.engines import Engine, TensorSpec, cache_names, is_cached
+from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle, GraphRecord, TensorRecord
 from lcexport.engines.eager import EagerEngine
 
 
@@ -53,15 +54,27 @@ class DitEngine(EagerEngine):
         device: torch.device,
         source: Path | None = None,
     ) -> None:
-        def forward(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-            return dit(**inputs, num_cond_latents=record.num_cond_latents)
+        job = record.job
 
-        specs = [
-            TensorSpec(tensor.name, tensor.shape, getattr(torch, tensor.dtype))
-            for tensor in (*record.inputs, *record.outputs)
-        ]
-        super().__init__(forward, tuple(specs[:-1]), specs[-1], device)
+        def forward(inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+            if job.part == "cache":
+                return [tensor for layer in dit.cache(**inputs) for tensor in layer]
+            named = {name: t for name, t in inputs.items() if not is_cached(name)}
+            cache = keys_values(inputs) if job.cached_latents else None
+            return [dit(**named, num_cond_latents=job.num_cond_latents, cache=cache)]
+
+        super().__init__(forward, specs_of(record.inputs), specs_of(record.outputs), device)
         self.dit, self.source = dit, source
+
+
+def specs_of(tensors: Iterable[TensorRecord]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(t.name, t.shape, getattr(torch, t.dtype)) for t in tensors)
+
+
+def keys_values(inputs: Mapping[str, torch.Tensor]) -> list[KeyValue]:
+    """The cache among a graph's inputs, layer by layer."""
+    depth = sum(map(is_cached, inputs)) // 2
+    return [(inputs[key], inputs[value]) for key, value in map(cache_names, range(depth))]
 
 
 def dit_from_files(config: Path, weights: Path, device: str = "cpu") -> LongCatDiT:

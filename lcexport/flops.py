@@ -6,6 +6,7 @@ Norms, RoPE, softmax and other element-wise work are left out: at 480p they are 
 from dataclasses import dataclass
 
 from lcexport.configs.dit import DiTConfig
+from lcexport.configs.tasks import Job
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,27 @@ class Flops:
         return self.linear + self.self_attention + self.cross_attention + self.embedding
 
 
-def forward_flops(config: DiTConfig, frames: int, tokens: int, text_tokens: int) -> Flops:
-    """Operations of one pass over one sample (batch 1, no conditioning latents).
+def forward_flops(
+    config: DiTConfig,
+    frames: int,
+    tokens: int,
+    text_tokens: int,
+    *,
+    cond_tokens: int = 0,
+    cached_tokens: int = 0,
+) -> Flops:
+    """Operations of one pass over one sample.
 
-    With N tokens, L text tokens, C = hidden size, F = SwiGLU width, per block:
-    linear 2N(4C^2 + 2C^2 + 3CF), self-attention 4N^2 C, cross-attention 4NLC + 4LC^2 (its keys
-    and values), and the modulation 12 T E C.
+    With N tokens, n0 of them clean, M cached, L text tokens, C = hidden size, F = SwiGLU width, per
+    block: linear 2N(4C^2 + 3CF) + 4(N - n0)C^2, self-attention 4C(n0^2 + (N - n0)(N + M)),
+    cross-attention 4(N - n0)LC + 4LC^2 (its keys and values), and the modulation 12 T E C.
     """
     size, wide, depth = config.hidden_size, config.ffn_hidden, config.depth
-    linear = 2 * tokens * (6 * size * size + 3 * size * wide)
+    noise = tokens - cond_tokens
+    linear = 2 * tokens * (4 * size * size + 3 * size * wide) + 2 * noise * 2 * size * size
     modulation = 2 * frames * config.adaln_tembed_dim * 6 * size
-    self_attention = 4 * tokens * tokens * size
-    cross_attention = 4 * tokens * text_tokens * size + 4 * text_tokens * size * size
+    self_attention = 4 * size * (cond_tokens**2 + noise * (tokens + cached_tokens))
+    cross_attention = 4 * noise * text_tokens * size + 4 * text_tokens * size * size
     patches = 2 * tokens * config.patch_features * size
     captions = 2 * text_tokens * (config.caption_channels * size + size * size)
     final = 2 * tokens * size * config.out_channels * 4
@@ -42,4 +52,33 @@ def forward_flops(config: DiTConfig, frames: int, tokens: int, text_tokens: int)
         self_attention=depth * self_attention,
         cross_attention=depth * cross_attention,
         embedding=patches + captions + final,
+    )
+
+
+def cache_flops(config: DiTConfig, frames: int, tokens: int) -> Flops:
+    """Operations of making the key/value cache of clean frames: no text, and no last layer but its
+    keys and values.
+    """
+    size, wide, layers = config.hidden_size, config.ffn_hidden, config.depth - 1
+    linear = 2 * tokens * (4 * size * size + 3 * size * wide)
+    modulation = 2 * frames * config.adaln_tembed_dim * 6 * size
+    return Flops(
+        linear=layers * linear + config.depth * modulation + 2 * tokens * 2 * size * size,
+        self_attention=layers * 4 * size * tokens**2,
+        cross_attention=0,
+        embedding=2 * tokens * config.patch_features * size,
+    )
+
+
+def job_flops(config: DiTConfig, job: Job) -> Flops:
+    """Operations of one pass of a graph over one sample."""
+    if job.part == "cache":
+        return cache_flops(config, job.latent_frames, job.tokens)
+    return forward_flops(
+        config,
+        job.latent_frames,
+        job.tokens,
+        job.text_tokens,
+        cond_tokens=job.num_cond_latents * job.frame_tokens,
+        cached_tokens=job.cached_latents * job.frame_tokens,
     )

@@ -4,10 +4,9 @@ from pathlib import Path
 
 import torch
 
-from lcexport.configs.errors import IncompatibleError, InputError, UsageError
+from lcexport.configs.errors import IncompatibleError, InputError
 from lcexport.engines import Engine, device_from
 from lcexport.engines.bundle import GraphRecord
-from lcexport.runtime.denoiser import input_spec
 from lcexport.runtime.loading import DOWNLOAD_AGAIN, is_finite_number, read_config
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
@@ -41,19 +40,14 @@ def check_device(device: str) -> torch.device:
 
 
 def check_engine(engine: Engine, graph: GraphRecord) -> None:
-    """Refuse an engine whose shapes are not the graph's, and a graph for another task."""
-    if graph.num_cond_latents:
-        raise UsageError(
-            "this graph continues given frames and cannot start from text alone",
-            got=f"{graph.num_cond_latents} conditioning latents",
-            wanted=0,
-        )
-    latents = input_spec(engine, "hidden_states").shape[1:]
-    tokens = input_spec(engine, "encoder_attention_mask").shape[1]
-    wanted = (graph.preset.latent_shape, graph.preset.text_tokens)
-    if (latents, tokens) != wanted:
+    """Refuse an engine whose inputs are not the graph's; its batch may be another."""
+    found = [(spec.name, spec.shape[1:]) for spec in engine.inputs]
+    wanted = [(tensor.name, tensor.shape[1:]) for tensor in graph.inputs]
+    if sorted(found) != sorted(wanted):
+        named = dict(wanted)
+        other = next((pair for pair in found if named.get(pair[0]) != pair[1]), ("nothing", ()))
         raise IncompatibleError(
-            "the engine was made for other shapes",
-            got=f"latents {list(latents)}, {tokens} text tokens",
-            wanted=f"latents {list(wanted[0])}, {wanted[1]} text tokens",
+            f"the engine was not made for the graph {graph.name}",
+            got=f"{other[0]} {list(other[1])}",
+            wanted=f"{list(named.get(other[0], ()))}, of {', '.join(named)}",
         )

@@ -1,14 +1,21 @@
 """From an engine of a fixed batch to the guided velocity of any number of samples.
 
-B samples, R rows (one per sample and branch), E the engine's batch, T latent frames.
+B samples, R rows (one per sample and branch), E the engine's batch, T latent frames to denoise,
+K clean ones before them.
 """
 
 import torch
 
 from lcexport.configs.errors import IncompatibleError, UsageError
-from lcexport.engines import Engine, TensorSpec
+from lcexport.engines import Engine, TensorSpec, is_cached, same_device
+from lcexport.engines.bundle import GraphRecord
+from lcexport.runtime.cache import KeyValueCache, Tensors
 from lcexport.runtime.cancel import CancelToken
+from lcexport.runtime.components import Components
+from lcexport.runtime.conditioning import Start
 from lcexport.runtime.guidance import cfg_zero
+from lcexport.runtime.sampler import OnStep, sample
+from lcexport.runtime.schedule import Schedule
 from lcexport.runtime.text import Text
 
 
@@ -23,6 +30,10 @@ class Denoiser:
         positive: B encoded prompts.
         negative: B encoded negative prompts; needed when `scale` exceeds 1.
         scale: guidance scale, at least 1; at exactly 1 one branch is computed.
+        clean: float32 [B, 16, K, H, W], put in front of the latents at timestep 0. They are part
+            of the engine's input and of what guidance is scaled by, not of what comes out.
+        cache: the clean frames as keys and values, for an engine that takes those. One sample's
+            serves all.
         cancel: looked at before every call of the engine.
 
     Raises:
@@ -36,6 +47,9 @@ class Denoiser:
         negative: Text | None = None,
         scale: float = 1.0,
         cancel: CancelToken | None = None,
+        *,
+        clean: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> None:
         if scale > 1 and negative is None:
             raise UsageError("guidance needs a negative prompt, even an empty one", got=scale)
@@ -46,7 +60,12 @@ class Denoiser:
         self._text = interleave([text.to(engine.device) for text in branches])
         check_text(engine, self._text)
         # One set of buffers for every call: the engine may keep their addresses.
-        self._inputs = {spec.name: buffer(spec, engine.device) for spec in engine.inputs}
+        own = [spec for spec in engine.inputs if not is_cached(spec.name)]
+        self._inputs = {spec.name: buffer(spec, engine.device) for spec in own}
+        self._clean = None if clean is None else clean.to(engine.device)
+        self._past = CachedRows(engine, cache) if cache is not None else None
+        if (self._past is None) == any(is_cached(spec.name) for spec in engine.inputs):
+            raise UsageError("a cache was given to an engine without one, or the reverse")
         self._outputs = {spec.name: buffer(spec, engine.device) for spec in engine.outputs}
         rows = self._samples * self._branches
         shape = self._outputs["velocity"].shape[1:]
@@ -66,32 +85,45 @@ class Denoiser:
             Cancelled: the token was set.
         """
         latents_BCTHW = latents.to(self._engine.device)
-        self._check_latents(latents_BCTHW)
-        frames = latents_BCTHW.shape[2]
         timestep_BT = timestep.to(self._engine.device, torch.float32)
         if timestep_BT.dim() == 1:
-            timestep_BT = timestep_BT[:, None].expand(-1, frames)
+            timestep_BT = timestep_BT[:, None].expand(-1, latents_BCTHW.shape[2])
+        clean = 0
+        if self._clean is not None:
+            clean = self._clean.shape[2]
+            latents_BCTHW = torch.cat([self._clean, latents_BCTHW], dim=2)
+            timestep_BT = torch.nn.functional.pad(timestep_BT, (clean, 0))
+        self._check_latents(latents_BCTHW)
         rows, engine_batch = len(self._velocity), len(self._inputs["hidden_states"])
         for first in range(0, rows, engine_batch):
             self._cancel.check()
-            self._fill(latents_BCTHW, timestep_BT, first)
-            self._engine.run(self._inputs, self._outputs)
+            samples = self._fill(latents_BCTHW, timestep_BT, first)
+            past = self._past.rows(samples) if self._past else {}
+            self._engine.run({**self._inputs, **past}, self._outputs)
             part = self._velocity[first : first + engine_batch]
             part.copy_(self._outputs["velocity"][: len(part)])
         if self._branches == 1:
-            return self._velocity
-        return cfg_zero(self._velocity[1::2], self._velocity[0::2], self._scale)
+            return self._velocity[:, :, clean:]
+        guided = cfg_zero(self._velocity[1::2], self._velocity[0::2], self._scale)
+        return guided[:, :, clean:]
 
-    def _fill(self, latents_BCTHW: torch.Tensor, timestep_BT: torch.Tensor, first: int) -> None:
-        """Copy the rows `first`, `first` + 1, ... into the engine's input buffers."""
+    def _fill(
+        self, latents_BCTHW: torch.Tensor, timestep_BT: torch.Tensor, first: int
+    ) -> tuple[int, ...]:
+        """Copy the rows `first`, `first` + 1, ... into the engine's input buffers.
+
+        Returns the sample that each of them is of.
+        """
         last = len(self._velocity) - 1
-        for slot in range(len(self._inputs["hidden_states"])):
-            row = min(first + slot, last)
+        slots = range(len(self._inputs["hidden_states"]))
+        rows = [min(first + slot, last) for slot in slots]
+        for slot, row in enumerate(rows):
             sample = row // self._branches
             self._inputs["hidden_states"][slot].copy_(latents_BCTHW[sample])
             self._inputs["timestep"][slot].copy_(timestep_BT[sample])
             self._inputs["encoder_hidden_states"][slot].copy_(self._text.embeds[row])
             self._inputs["encoder_attention_mask"][slot].copy_(self._text.mask[row])
+        return tuple(row // self._branches for row in rows)
 
     def _check_latents(self, latents_BCTHW: torch.Tensor) -> None:
         # copy_ would broadcast a wrong shape in silence
@@ -100,6 +132,63 @@ class Denoiser:
             raise UsageError(
                 "the latents do not fit the engine", got=list(latents_BCTHW.shape), wanted=wanted
             )
+
+
+def denoise(
+    components: Components,
+    graph: GraphRecord,
+    texts: tuple[Text, Text | None],
+    guidance_scale: float,
+    start: Start,
+    noise_B16THW: torch.Tensor,
+    schedule: Schedule,
+    on_step: OnStep | None,
+    cancel: CancelToken,
+) -> torch.Tensor:
+    """Sample one graph: normalised latents float32 [B, 16, T, H, W], the clean frames in front.
+
+    noise: of all T frames; what stands where the clean ones go is not looked at.
+    """
+    engine = components.engine(graph)
+    clean = start.for_samples(len(noise_B16THW))
+    in_front = clean if start.cache is None else None
+    denoiser = Denoiser(engine, *texts, guidance_scale, cancel, clean=in_front, cache=start.cache)
+    noise = noise_B16THW[:, :, start.frames :].to(engine.device)
+    made = sample(denoiser.velocity, noise, schedule, on_step, cancel)
+    return made if clean is None else torch.cat([clean.to(made.device), made], dim=2)
+
+
+class CachedRows:
+    """A cache as an engine's inputs: bound where it lies, or copied from the host for each call."""
+
+    def __init__(self, engine: Engine, cache: KeyValueCache) -> None:
+        self._cache = cache
+        self._near: dict[tuple[int, ...], Tensors] = {}
+        here = next(iter(cache.samples[0].values())).device
+        specs = [spec for spec in engine.inputs if is_cached(spec.name)]
+        for spec in specs:
+            given = cache.samples[0].get(spec.name)
+            if given is None or given.shape[1:] != spec.shape[1:] or given.dtype != spec.dtype:
+                raise UsageError(
+                    "the cache does not fit the engine",
+                    got="nothing" if given is None else f"{given.dtype} {list(given.shape)}",
+                    wanted=f"{spec.name}: {spec.dtype} {list(spec.shape)}",
+                )
+        far = not same_device(here, engine.device)
+        self._buffers = {spec.name: buffer(spec, engine.device) for spec in specs} if far else None
+
+    def rows(self, samples: tuple[int, ...]) -> Tensors:
+        """The inputs for a call whose rows are of these samples."""
+        if len(self._cache.samples) == 1:
+            samples = (0,) * len(samples)
+        if self._buffers is not None:
+            for slot, sample in enumerate(samples):
+                for name, tensor in self._cache.samples[sample].items():
+                    self._buffers[name][slot].copy_(tensor[0])
+            return self._buffers
+        if samples not in self._near:
+            self._near[samples] = self._cache.rows(samples)
+        return self._near[samples]
 
 
 def interleave(branches: list[Text]) -> Text:

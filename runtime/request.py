@@ -9,37 +9,62 @@ import torch
 
 from lcexport.configs import Preset
 from lcexport.configs.errors import UsageError
-from lcexport.runtime.schedule import DISTILL_GRID, MAX_STEPS
-from lcexport.runtime.text import clean_prompt
+from lcexport.configs.tasks import Task
+from lcexport.runtime.conditioning import check_latents
+from lcexport.runtime.schedule import (
+    DISTILL_GRID,
+    MAX_STEPS,
+    Schedule,
+    enhance_hf_schedule,
+    schedule,
+)
+from lcexport.runtime.text import Text, clean_prompt
 
 log = logging.getLogger(__name__)
+
+Prompt = str | list[str] | Text
 
 MAX_SEED = 2**63 - 1
 DISTILL_STEPS = 16  # the distilled model's own defaults: few steps, guidance built in
 DISTILL_GUIDANCE = 1.0
+CONTINUATIONS = ("vc", "vc-uncached")
 
 
 @dataclass(frozen=True)
 class Request:
     """B prompts and their sampling. `negatives` is None where there is no guidance."""
 
-    prompts: list[str]
-    negatives: list[str] | None
+    prompts: list[str] | Text
+    negatives: list[str] | Text | None
     seed: int
     steps: int
     guidance_scale: float
     distill: bool
+    enhance_hf: bool = False
+
+    @property
+    def count(self) -> int:
+        """B."""
+        return rows_of(self.prompts)
+
+    def schedule(self, shift: float) -> Schedule:
+        """The noise levels of this request."""
+        if self.enhance_hf:
+            return enhance_hf_schedule(self.steps, shift)
+        return schedule(self.steps, shift, self.distill)
 
 
 def request_from(
     preset: Preset,
-    prompt: str | list[str],
-    negative_prompt: str | list[str] | None = None,
+    prompt: Prompt,
+    negative_prompt: Prompt | None = None,
     *,
     seed: int = 0,
     steps: int | None = None,
     guidance_scale: float | None = None,
     distill: bool = False,
+    task: Task = "t2v",
+    enhance_hf: bool | None = None,
 ) -> Request:
     """Check every argument of `Pipeline.generate` and fill in defaults.
 
@@ -53,17 +78,36 @@ def request_from(
     check_whole("seed", seed, 0, MAX_SEED)
     check_whole("steps", steps, 1, DISTILL_GRID if distill else MAX_STEPS)
     check_guidance(guidance_scale)
+    enhance_hf = check_enhance_hf(enhance_hf, distill, task)
     prompts = check_prompts(prompt)
-    negatives = check_negatives(prompt, negative_prompt, len(prompts))
+    negatives = check_negatives(prompt, negative_prompt, rows_of(prompts))
     if guidance_scale == 1:
-        if negative_prompt:
+        if negative_prompt is not None and negative_prompt != "":
             log.warning("guidance scale 1 means no guidance: the negative prompt is not used")
         negatives = None
-    return Request(prompts, negatives, seed, steps, float(guidance_scale), distill)
+    return Request(prompts, negatives, seed, steps, float(guidance_scale), distill, enhance_hf)
 
 
-def check_prompts(prompt: str | list[str]) -> list[str]:
-    """One or more prompts, none of them empty once cleaned."""
+def check_enhance_hf(enhance_hf: bool | None, distill: bool, task: Task) -> bool:
+    """Whether to end in uniform steps: a continuation's default, unless it is distilled."""
+    if enhance_hf is None:
+        return task in CONTINUATIONS and not distill
+    if enhance_hf and distill:
+        raise UsageError("enhance_hf and distill are two schedules", do="Leave one of them out.")
+    if enhance_hf and task not in CONTINUATIONS:
+        raise UsageError("enhance_hf is for continuations", got=task)
+    return enhance_hf
+
+
+def rows_of(prompts: list[str] | Text) -> int:
+    """How many prompts these are."""
+    return len(prompts.embeds if isinstance(prompts, Text) else prompts)
+
+
+def check_prompts(prompt: Prompt) -> list[str] | Text:
+    """One or more prompts, none of them empty once cleaned; encoded ones are taken as they are."""
+    if isinstance(prompt, Text):
+        return prompt
     if not isinstance(prompt, str | list):
         raise UsageError("the prompt is not text", got=type(prompt).__name__, wanted="str or list")
     prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -76,11 +120,11 @@ def check_prompts(prompt: str | list[str]) -> list[str]:
     return prompts
 
 
-def check_negatives(
-    prompt: str | list[str], negative: str | list[str] | None, count: int
-) -> list[str]:
+def check_negatives(prompt: Prompt, negative: Prompt | None, count: int) -> list[str] | Text:
     """One negative prompt per prompt: None means empty, a str is repeated."""
-    if negative is None or isinstance(negative, str):
+    if isinstance(negative, Text):
+        negatives = negative
+    elif negative is None or isinstance(negative, str):
         negatives = [negative or ""] * count
     elif isinstance(prompt, str) or not isinstance(negative, list):
         raise UsageError(
@@ -90,12 +134,14 @@ def check_negatives(
         )
     else:
         negatives = negative
-    if len(negatives) != count:
+    if rows_of(negatives) != count:
         raise UsageError(
-            "prompts and negative prompts differ in number", got=f"{count} and {len(negatives)}"
+            "prompts and negative prompts differ in number",
+            got=f"{count} and {rows_of(negatives)}",
         )
-    for text in negatives:
-        clean_prompt(text)
+    if not isinstance(negatives, Text):
+        for text in negatives:
+            clean_prompt(text)
     return negatives
 
 
@@ -115,8 +161,10 @@ def check_guidance(scale: float) -> None:
         )
 
 
-def initial_noise(latents: torch.Tensor | None, seed: int, shape: Sequence[int]) -> torch.Tensor:
-    """Noise float32 [B, 16, T, H, W]: the caller's, or drawn once for the batch from `seed`.
+def initial_noise(
+    latents: torch.Tensor | None, generator: torch.Generator, shape: Sequence[int]
+) -> torch.Tensor:
+    """Noise float32 [B, 16, T, H, W]: the caller's, or drawn once for the batch.
 
     Drawn on the CPU: the same seed then gives the same noise whatever the device.
 
@@ -124,14 +172,8 @@ def initial_noise(latents: torch.Tensor | None, seed: int, shape: Sequence[int])
         UsageError: the caller's noise has another shape or dtype, or is not finite.
     """
     if latents is None:
-        generator = torch.Generator().manual_seed(seed)
         return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
-    if list(latents.shape) != list(shape) or latents.dtype != torch.float32:
-        raise UsageError(
-            "the initial latents do not fit",
-            got=f"{latents.dtype} {list(latents.shape)}",
-            wanted=f"torch.float32 {list(shape)}",
-        )
-    if not torch.isfinite(latents).all():
-        raise UsageError("the initial latents are not finite")
+    check_latents("initial latents", latents, tuple(shape[1:]))
+    if len(latents) != shape[0]:
+        raise UsageError("the initial latents do not fit", got=len(latents), wanted=shape[0])
     return latents

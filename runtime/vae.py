@@ -137,9 +137,6 @@ class VideoVAE:
         return self._model
 
 
-VideoDecoder = VideoVAE  # its name before it could encode
-
-
 def latent_shape(pixels: Sequence[int]) -> tuple[int, int, int, int, int]:
     """[B, 16, T, H/8, W/8] of pixels [B, 3, F, H, W].
 

@@ -42,7 +42,13 @@ from lcexport.graph import prove_precision, save_graph
 from lcexport.graph.check import Target, check_graph
 from lcexport.graph.epcontext import wrap_plans
 from lcexport.graph.parts import Part, PartCall, parts_of
-from lcexport.graph.segments import Segment, TensorSpec, propose_segments, segment_graph
+from lcexport.graph.segments import (
+    Segment,
+    TensorSpec,
+    depth_of,
+    propose_segments,
+    segment_graph,
+)
 
 Stage = Callable[[str, Callable[[], StageOutput]], DoneStage]
 Report = Callable[[str, int, int], None]
@@ -70,7 +76,7 @@ def compile_engine(
     """Compile every plan of `graph`; the record, and the stages it took."""
     model = ir.load(folder / graph.file)
     refuse_violations(model, backend)
-    place = plans_folder(backend, graph.preset.name)
+    place = plans_folder(backend, graph.name)
     calls: tuple[CallRecord, ...] = ()
     if options.weights == "shared":
         parts, uses = parts_of(model)
@@ -81,16 +87,14 @@ def compile_engine(
         units = [segment_unit(place, segment) for segment in segment_graph(model, count)]
     done = []
     for number, unit in enumerate(units, start=1):
-        name = f"compile:{backend}:{graph.preset.name}:{number}/{len(units)}"
-        work = partial(
-            compile_unit, folder, backend, folder / graph.file, unit, options, name, report
-        )
+        name = f"compile:{backend}:{graph.name}:{number}/{len(units)}"
+        work = partial(compile_unit, folder, backend, graph, unit, options, name, report)
         done.append(stage(name, work))
     record = engine_record(backend, options, done, calls)
     if options.ep_context:
         work = partial(context_stage, folder, backend, record, graph)
-        done.append(stage(f"context:{backend}:{graph.preset.name}", work))
-        record = record.model_copy(update={"ep_context": context_name(backend, graph.preset.name)})
+        done.append(stage(f"context:{backend}:{graph.name}", work))
+        record = record.model_copy(update={"ep_context": context_name(backend, graph.name)})
     return record, done
 
 
@@ -185,21 +189,21 @@ def refuse_violations(model: ir.Model, backend: ProductName) -> None:
 def compile_unit(
     folder: Path,
     backend: ProductName,
-    graph: Path,
+    graph: GraphRecord,
     unit: Unit,
     options: BuildOptions,
     name: str,
     report: Report,
 ) -> StageOutput:
     """One plan, compiled in a process of its own and checked against the graph's proof."""
-    proof = prove_precision(unit.model, torch.bfloat16)
+    proof = prove_precision(unit.model, torch.bfloat16, attentions=graph.job.attentions)
     file = unit.record.file
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     (folder / file).unlink(missing_ok=True)  # what a killed stage left under its final name
     made = compile_graph(
         backend,
         ir.to_proto(unit.model).SerializeToString(),
-        graph,
+        folder / graph.file,
         folder / file,
         trt_options(backend, options),
         Expectations.from_proof(proof, unit.islands),
@@ -220,7 +224,7 @@ def context_stage(
     folder: Path, backend: ProductName, record: EngineRecord, graph: GraphRecord
 ) -> StageOutput:
     """The ONNX model that wraps the plans for ONNX Runtime."""
-    name = context_name(backend, graph.preset.name)
+    name = context_name(backend, graph.name)
     save_graph(wrap_plans(backend, record, graph, version("lcexport")), folder / name)
     return StageOutput(files={name: file_record(folder / name)})
 
@@ -251,9 +255,9 @@ def engine_record(
     )
 
 
-def plans_folder(backend: str, resolution: str) -> str:
+def plans_folder(backend: str, graph: str) -> str:
     """Where the plans of one engine lie in the bundle."""
-    return f"engines/{backend}/{resolution}"
+    return f"engines/{backend}/{graph}"
 
 
 def trt_options(backend: ProductName, options: BuildOptions) -> TrtOptions:
@@ -276,15 +280,15 @@ def trt_options(backend: ProductName, options: BuildOptions) -> TrtOptions:
     return options.trt.model_copy(update={"timing_cache": folder / f"{name}.cache"})
 
 
-def context_name(backend: str, resolution: str) -> str:
+def context_name(backend: str, graph: str) -> str:
     """The EPContext model of one engine; in the bundle's root, because no plan may lie above it."""
-    return f"dit.{resolution}.{backend}.ctx.onnx"
+    return f"dit.{graph}.{backend}.ctx.onnx"
 
 
 def proposed_segments(model: ir.Model) -> int:
     """As few segments as this machine's memory allows."""
     sizes = [value.const_value.nbytes for value in model.graph.initializers.values()]  # pyright: ignore[reportOptionalMemberAccess]
-    depth = len(list(model.graph)) - 2
+    depth = depth_of(model)
     return propose_segments(-(-sum(sizes) // depth), depth, available_memory_bytes())
 
 

@@ -1,14 +1,17 @@
 """What a build is asked to do: one frozen record, from the command line to the manifest."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lcexport.configs import Preset, preset_from
+from lcexport.configs import PIXEL_MULTIPLE, Preset, preset_from
+from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import UsageError
+from lcexport.configs.tasks import COND_FRAMES, Job, Task, jobs_for, task_from
 from lcexport.engines import COMPILED, Compiled, backend_module
 from lcexport.engines.bundle import Islands, Precision
 from lcexport.engines.trt.options import TrtOptions
@@ -30,6 +33,10 @@ class BuildOptions(BaseModel):
     model: Path
     output: Path
     presets: tuple[Preset, ...] = Field(min_length=1)
+    tasks: tuple[Task, ...] = Field(default=("t2v",), min_length=1)
+    cond_frames: int = Field(default=COND_FRAMES, ge=1, le=4096)
+    refine_size: tuple[int, int] | None = None
+    dense: bool = False
     precision: Precision = "fp32"
     islands: Islands = "checkpoint"
     backends: tuple[str, ...] = ("onnxruntime",)
@@ -50,6 +57,8 @@ class BuildOptions(BaseModel):
         names = [preset.name for preset in self.presets]
         if len(set(names)) != len(names):
             raise ValueError(f"a resolution is named twice: {', '.join(names)}")
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"a task is named twice: {', '.join(self.tasks)}")
         if self.add and self.resume:
             raise ValueError("an addition takes seconds: run --add again, without --resume")
         for backend in self.backends:
@@ -97,6 +106,28 @@ class BuildOptions(BaseModel):
         """What must be equal for a build to be resumed: everything but `resume` itself."""
         return self.model_dump(mode="json", exclude={"resume"})
 
+    def jobs(self, config: DiTConfig) -> tuple[Job, ...]:
+        """The graphs to build for a model of this configuration.
+
+        Refinement is block-sparse where the model was trained so, unless `dense`.
+
+        Raises:
+            UsageError: a size or a number of frames that a task cannot take.
+        """
+        sparse = config.bsa_params is not None and not self.dense
+        return tuple(
+            job
+            for preset in self.presets
+            for task in self.tasks
+            for job in jobs_for(
+                preset,
+                task,
+                cond_frames=self.cond_frames,
+                refine_size=self.refine_size,
+                sparse=sparse,
+            )
+        )
+
     @property
     def engines(self) -> tuple[str, ...]:
         """The backends that are run against eager torch: none without golden outputs.
@@ -123,6 +154,8 @@ def options_from(
     *,
     model: Path | None = None,
     res: str = "480p",
+    task: str = "t2v",
+    refine_size: str | None = None,
     output: Path | None = None,
     backends: str = "onnxruntime",
     targets: str | None = None,
@@ -132,7 +165,8 @@ def options_from(
     """Options from the command line's words.
 
     Args:
-        res, backends, targets: separated by commas.
+        res, task, backends, targets: separated by commas.
+        refine_size: HEIGHTxWIDTH of refined videos.
         trt: fields of `TrtOptions`; `targets` are its compute capabilities.
 
     Raises:
@@ -145,6 +179,8 @@ def options_from(
         backend_module(name)
     output = output or default_output(model, presets, str(fields.get("precision", "fp32")))
     given = {"model": model, "output": output, "presets": presets, "backends": engines, **fields}
+    given["tasks"] = tuple(task_from(name.strip()) for name in task.split(","))
+    given["refine_size"] = refine_size and size_from(refine_size)
     given["trt"] = trt_fields(trt or {}, targets)
     try:
         return BuildOptions.model_validate(given)
@@ -178,6 +214,16 @@ def trt_fields(given: Mapping[str, str], targets: str | None) -> dict[str, objec
     if targets := targets or given.get(TARGETS):
         fields[TARGETS] = tuple(part.strip() for part in targets.split(","))
     return fields
+
+
+def size_from(text: str) -> tuple[int, int]:
+    """(height, width) of HEIGHTxWIDTH."""
+    size = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if not size or int(size[1]) < PIXEL_MULTIPLE or int(size[2]) < PIXEL_MULTIPLE:
+        raise UsageError(
+            "not a size", got=repr(text[:80]), wanted="HEIGHTxWIDTH", do="For example 704x1280."
+        )
+    return int(size[1]), int(size[2])
 
 
 def staging_folder(output: Path) -> Path:

@@ -1,42 +1,46 @@
 """What a build and the bundle it makes will need, before a byte is written."""
 
+import math
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lcexport.builder.options import BuildOptions, staging_folder
 from lcexport.checkpoint import Checkpoint, expected_tensors, is_island
-from lcexport.configs import Preset
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import ResourceError
+from lcexport.configs.tasks import Job
 from lcexport.engines.host import available_memory_bytes
 from lcexport.engines.trt.compile import build_bytes
-from lcexport.flops import forward_flops
-from lcexport.graph.precision import FUNCTIONS
+from lcexport.flops import job_flops
 from lcexport.graph.segments import propose_segments
 
 GRAPH_BYTES = 2 << 20  # one graph, generously: 0.6 MB were seen for 48 blocks
 EXPORT_BYTES = 800 << 20  # torch and the exporter themselves: 0.4 GB were seen
 CONVERT_BYTES = 700 << 20
 PLAN_CODE_BYTES = 8 << 20  # a plan without its weights; 3 MB were seen
+PARTS = 3  # functions of one graph
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
 class SizePlan:
-    """One resolution. Times are not estimated: they belong to a benchmark on your machine."""
+    """One graph. Times are not estimated: they belong to a benchmark on your machine."""
 
-    resolution: str
+    graph: str
+    task: str
     height: int
     width: int
     frames: int
     latent_shape: tuple[int, ...]
     tokens: int
     flops_per_forward: int
-    flops_per_step: int  # guidance runs the DiT twice
+    flops_per_step: int  # guidance runs the DiT twice; refinement has none, nor has a cache
     activation_bytes: int
     attention_scores_bytes: int  # kept by an engine without fused attention; 0 elsewhere
+    cache_bytes: int  # keys and values of clean frames
     vae_decode_bytes: int
 
 
@@ -65,10 +69,11 @@ class Plan:
 def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     """Plan a build of `checkpoint`. Reads headers and file sizes only."""
     config = checkpoint.config
+    jobs = options.jobs(config)
     weights = weights_bytes(config, options.precision)
     components = {name: tree_bytes(path) for name, path in checkpoint.components.items()}
-    sizes = tuple(size_plan(config, preset, options) for preset in options.presets)
-    golden = sum(golden_bytes(config, preset, options.batch) for preset in options.presets)
+    sizes = tuple(size_plan(config, job, options) for job in jobs)
+    golden = sum(golden_bytes(config, job, options.batch) for job in jobs)
     disk = GRAPH_BYTES * len(sizes)
     disk += 0 if options.add else weights + sum(components.values())
     plans = plans_per_engine(config, options, weights)
@@ -86,7 +91,7 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     return Plan(
         model=str(checkpoint.folder),
         output=str(options.output),
-        stages=tuple(stage_names(options)),
+        stages=tuple(stage_names(options, jobs)),
         weights_bytes=weights,
         components_bytes=sum(components.values()),
         disk_needed_bytes=disk,
@@ -108,7 +113,7 @@ def plans_per_engine(config: DiTConfig, options: BuildOptions, weights: int) -> 
     if not options.compiled:
         return 0
     if options.weights == "shared":
-        return len(FUNCTIONS)
+        return PARTS
     room = available_memory_bytes()
     return options.segments or propose_segments(-(-weights // config.depth), config.depth, room)
 
@@ -134,45 +139,54 @@ def refuse_shortage(plan: Plan) -> None:
         )
 
 
-def stage_names(options: BuildOptions) -> list[str]:
-    """The stages in order; `graph:480p` and so on once per resolution."""
+def stage_names(options: BuildOptions, jobs: Iterable[Job]) -> list[str]:
+    """The stages in order; `graph:480p` and so on once per graph."""
     names = [] if options.add else ["weights", "components"]
-    names += [f"graph:{preset.name}" for preset in options.presets]
-    for preset in options.presets:
+    for job in jobs:
+        names.append(f"graph:{job.name}")
         for backend in options.compiled:
-            names.append(f"compile:{backend}:{preset.name}")
-            names += [f"context:{backend}:{preset.name}"] if options.ep_context else []
-    if options.only == "all":
-        for preset in options.presets:
-            names.append(f"golden:{preset.name}")
-            names += [f"engine:{backend}:{preset.name}" for backend in options.engines]
+            names.append(f"compile:{backend}:{job.name}")
+            names += [f"context:{backend}:{job.name}"] if options.ep_context else []
+        if options.only == "all":
+            names.append(f"golden:{job.name}")
+            names += [f"engine:{backend}:{job.name}" for backend in options.engines]
     return names
 
 
-def size_plan(config: DiTConfig, preset: Preset, options: BuildOptions) -> SizePlan:
-    """Shapes, FLOPs and memory of one resolution."""
-    flops = forward_flops(config, preset.latent_frames, preset.tokens, preset.text_tokens).total
+def size_plan(config: DiTConfig, job: Job, options: BuildOptions) -> SizePlan:
+    """Shapes, FLOPs and memory of one graph."""
+    flops = job_flops(config, job).total
+    guided = job.part == "denoise" and job.refinement is None
     element = ELEMENT_BYTES[options.precision]
     # Alive at once in the feed-forward: residual and its float32 copy, input, two hidden maps.
     width = config.hidden_size * (2 * element + 4) + 2 * config.ffn_hidden * element
-    unfused = "onnxruntime" in options.backends and options.device == "cpu"
-    scores = options.batch * config.num_heads * preset.tokens**2 * 4 if unfused else 0
+    unfused = "onnxruntime" in options.backends and options.device == "cpu" and not job.sparse
+    keys = job.tokens + job.cached_latents * job.frame_tokens
+    scores = options.batch * config.num_heads * job.tokens * keys * 4 if unfused else 0
     # Two full-resolution frames of 96 channels in each of the decoder's last seven convolutions'
     # caches, and about as much again in flight, float32.
-    decode = 2 * 7 * 2 * 96 * preset.height * preset.width * 4
+    decode = 2 * 7 * 2 * 96 * job.height * job.width * 4
     return SizePlan(
-        resolution=preset.name,
-        height=preset.height,
-        width=preset.width,
-        frames=preset.frames,
-        latent_shape=(options.batch, *preset.latent_shape),
-        tokens=preset.tokens,
+        graph=job.name,
+        task=job.task,
+        height=job.height,
+        width=job.width,
+        frames=job.frames,
+        latent_shape=(options.batch, *job.latent_shape),
+        tokens=job.tokens,
         flops_per_forward=flops,
-        flops_per_step=2 * flops,
-        activation_bytes=options.batch * preset.tokens * width,
+        flops_per_step=(1 + guided) * flops,
+        activation_bytes=options.batch * job.tokens * width,
         attention_scores_bytes=scores,
-        vae_decode_bytes=decode + preset.height * preset.width * preset.frames * 3 * 4,
+        cache_bytes=options.batch * cache_bytes(config, job, element),
+        vae_decode_bytes=decode + job.height * job.width * job.frames * 3 * 4,
     )
+
+
+def cache_bytes(config: DiTConfig, job: Job, element: int) -> int:
+    """Keys and values of every layer for one sample: made or used by the graph."""
+    latents = job.latent_frames if job.part == "cache" else job.cached_latents
+    return 2 * config.depth * latents * job.frame_tokens * config.hidden_size * element
 
 
 def runtime_bytes(
@@ -190,7 +204,7 @@ def runtime_bytes(
 
 
 def step_bytes(size: SizePlan) -> int:
-    return size.activation_bytes + size.attention_scores_bytes
+    return size.activation_bytes + size.attention_scores_bytes + size.cache_bytes
 
 
 def weights_bytes(config: DiTConfig, precision: str) -> int:
@@ -204,11 +218,12 @@ def weights_bytes(config: DiTConfig, precision: str) -> int:
     return total
 
 
-def golden_bytes(config: DiTConfig, preset: Preset, batch: int) -> int:
-    """Three tensors of latents and two of text features, float32."""
-    channels, frames, height, width = preset.latent_shape
-    latents = channels * frames * height * width
-    return batch * 4 * (3 * latents + 2 * preset.text_tokens * config.caption_channels)
+def golden_bytes(config: DiTConfig, job: Job, batch: int) -> int:
+    """Three tensors of latents and two of text features, float32; of a cache, two layers."""
+    latents = math.prod(job.latent_shape)
+    if job.part == "cache":
+        return batch * 4 * latents + 2 * cache_bytes(config, job, 4) // config.depth
+    return batch * 4 * (3 * latents + 2 * job.text_tokens * config.caption_channels)
 
 
 def tree_bytes(folder: Path) -> int:

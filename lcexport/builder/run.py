@@ -1,7 +1,7 @@
 """The build itself: stages in order, and the manifest that grows with them."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +28,8 @@ from lcexport.builder.stages import (
 )
 from lcexport.builder.staging import Addition, DoneStage, NewBundle, StageOutput, Workplace
 from lcexport.checkpoint import Checkpoint, check_components
-from lcexport.configs import Preset
 from lcexport.configs.errors import UsageError
+from lcexport.configs.tasks import Job
 from lcexport.engines import require_backend
 from lcexport.engines.bundle import (
     COMPONENTS,
@@ -64,8 +64,9 @@ def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bu
     if options.add:
         with Addition(options.output) as addition:
             # Under the lock: another builder may have added to the bundle a moment ago.
-            old = addable_bundle(options)
-            addition.claim(made_by(options))
+            jobs = options.jobs(checkpoint.config)
+            old = addable_bundle(options, jobs)
+            addition.claim(made_by(options, jobs))
             addition.publish(run_stages(addition, checkpoint, options, old, report))
         return open_bundle(options.output)
     fingerprint = {
@@ -94,11 +95,11 @@ def preflight(
     return checkpoint
 
 
-def made_by(options: BuildOptions) -> list[str]:
-    """The files and folders that adding these resolutions makes."""
-    names = [make(p) for p in options.presets for make in (graph_name, golden_name)]
+def made_by(options: BuildOptions, jobs: Iterable[Job]) -> list[str]:
+    """The files and folders that adding these graphs makes."""
+    names = [make(job) for job in jobs for make in (graph_name, golden_name)]
     made = (plans_folder, context_name) if options.ep_context else (plans_folder,)
-    return names + [f(b, p.name) for b in options.compiled for p in options.presets for f in made]
+    return names + [f(b, job.name) for b in options.compiled for job in jobs for f in made]
 
 
 def run_stages(
@@ -115,8 +116,8 @@ def run_stages(
     else:
         engines = dict.fromkeys(old.backends + options.engines)
         manifest = old.model_copy(update={"backends": tuple(engines)})
-    for preset in options.presets:
-        manifest = resolution_stages(stage, place.folder, preset, options, manifest, report)
+    for job in options.jobs(checkpoint.config):
+        manifest = job_stages(stage, place.folder, job, options, manifest, report)
     return manifest
 
 
@@ -146,17 +147,17 @@ def shared_stages(
     return first_manifest(options, [converted, copied])
 
 
-def resolution_stages(
+def job_stages(
     stage: Stage,
     folder: Path,
-    preset: Preset,
+    job: Job,
     options: BuildOptions,
     manifest: Manifest,
     report: BuildProgress,
 ) -> Manifest:
-    """One resolution: its graph, its golden outputs, and each engine held against them."""
-    name = preset.name
-    graph = stage(f"graph:{name}", partial(graph_stage, preset, options, folder))
+    """One graph, its golden outputs, and each engine held against them."""
+    name = job.name
+    graph = stage(f"graph:{name}", partial(graph_stage, job, options, folder))
     record = GraphRecord.model_validate(graph.output.facts["graph"])
     manifest = grown(manifest, graph, record)
     for backend in options.compiled:
@@ -168,23 +169,23 @@ def resolution_stages(
         manifest = manifest.model_copy(update={"engines": engines})
     if options.only != "all":
         return manifest
-    golden = stage(f"golden:{name}", partial(golden_stage, preset, record, options, folder))
-    record = record.model_copy(update={"golden": golden_name(preset)})
+    golden = stage(f"golden:{name}", partial(golden_stage, record, options, folder))
+    record = record.model_copy(update={"golden": golden_name(job)})
     manifest = grown(manifest, golden, record)
     for backend in options.engines:
-        work = partial(engine_stage, backend, Bundle(folder, manifest), preset, options)
+        work = partial(engine_stage, backend, Bundle(folder, manifest), job, options)
         manifest = grown(manifest, stage(f"engine:{backend}:{name}", work), record)
         manifest = verified(manifest, backend, name)
     return manifest
 
 
-def verified(manifest: Manifest, backend: str, resolution: str) -> Manifest:
+def verified(manifest: Manifest, backend: str, graph: str) -> Manifest:
     """`manifest` with one compiled engine marked as run against eager torch."""
     compiled = manifest.engines.get(backend, {})
-    if resolution not in compiled:
+    if graph not in compiled:
         return manifest
-    record = compiled[resolution].model_copy(update={"verified": True})
-    engines = {**manifest.engines, backend: {**compiled, resolution: record}}
+    record = compiled[graph].model_copy(update={"verified": True})
+    engines = {**manifest.engines, backend: {**compiled, graph: record}}
     return manifest.model_copy(update={"engines": engines})
 
 
@@ -215,7 +216,7 @@ def grown(manifest: Manifest, done: DoneStage, record: GraphRecord) -> Manifest:
         update={
             "files": {**manifest.files, **done.output.files},
             "stages": (*manifest.stages, done.record),
-            "graphs": {**manifest.graphs, record.preset.name: record},
+            "graphs": {**manifest.graphs, record.name: record},
         }
     )
 
@@ -223,7 +224,7 @@ def grown(manifest: Manifest, done: DoneStage, record: GraphRecord) -> Manifest:
 def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:
     """Refuse now what a later stage would refuse after an hour: components, device, backends."""
     if options.add:
-        addable_bundle(options)
+        addable_bundle(options, options.jobs(checkpoint.config))
     else:
         check_components(checkpoint, required=COMPONENTS if options.only == "all" else ())
     for backend in options.compiled + options.engines:
@@ -234,7 +235,7 @@ def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:
         require_segments(options.segments or 1, checkpoint.config.depth)
 
 
-def addable_bundle(options: BuildOptions) -> Manifest:
+def addable_bundle(options: BuildOptions, jobs: Iterable[Job]) -> Manifest:
     """The bundle's manifest, where graphs of these options may be added to it."""
     bundle = open_bundle(options.output)
     manifest = bundle.manifest
@@ -245,9 +246,9 @@ def addable_bundle(options: BuildOptions) -> Manifest:
                 got=getattr(options, field),
                 wanted=getattr(manifest, field),
             )
-    for preset in options.presets:
-        if preset.name in manifest.graphs:
-            raise UsageError(f"the bundle {options.output} has {preset.name} already")
+    for job in jobs:
+        if job.name in manifest.graphs:
+            raise UsageError(f"the bundle {options.output} has {job.name} already")
     parts = {name.split("/")[0] for name in manifest.files}
     if options.only == "all" and (missing := [name for name in COMPONENTS if name not in parts]):
         raise UsageError(

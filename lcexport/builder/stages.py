@@ -22,9 +22,9 @@ from lcexport.checkpoint import (
     write_native,
 )
 from lcexport.compare import STEP_TOLERANCE, difference
-from lcexport.configs import Preset
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import BuildError
+from lcexport.configs.tasks import Job
 from lcexport.dit import Geometry
 from lcexport.eager import DitEngine, dit_from_files
 from lcexport.engines import Engine, backend_module, open_engine
@@ -43,8 +43,15 @@ from lcexport.engines.bundle import (
 from lcexport.engines.files import sha256_of, write_bytes
 from lcexport.engines.trt.inspector import require_fused
 from lcexport.engines.trt.runtime import TrtEngine
-from lcexport.golden import make_golden, read_golden, run_branch
-from lcexport.graph import GraphSpec, onnx_from_dit, prove_precision, save_graph
+from lcexport.golden import against_golden, make_golden, read_golden
+from lcexport.graph import (
+    GraphSpec,
+    onnx_from_cache,
+    onnx_from_dit,
+    prove_precision,
+    save_graph,
+)
+from lcexport.graph.segments import depth_of
 
 BULK = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Progress = Callable[[int, int], None]
@@ -119,24 +126,25 @@ def open_added(folder: Path) -> Checkpoint:
     )
 
 
-def graph_stage(preset: Preset, options: BuildOptions, folder: Path) -> StageOutput:
+def graph_stage(job: Job, options: BuildOptions, folder: Path) -> StageOutput:
     """Trace, assemble, save, read back, and prove the precision of what was read back."""
     config = DiTConfig.from_json(folder / DIT_CONFIG)
-    _, frames, height, width = preset.latent_shape
-    geometry = Geometry(options.batch, frames, height // 2, width // 2)
-    spec = GraphSpec(geometry, preset.text_tokens, BULK[options.precision])
-    model = onnx_from_dit(config, spec, weights_in(folder), version("lcexport"))
-    path = folder / graph_name(preset)
+    _, frames, height, width = job.latent_shape
+    clean, cached = job.num_cond_latents, job.cached_latents
+    geometry = Geometry(options.batch, frames, height // 2, width // 2, clean, cached)
+    spec = GraphSpec(geometry, job.text_tokens, BULK[options.precision])
+    assemble = onnx_from_cache if job.part == "cache" else onnx_from_dit
+    model = assemble(config, spec, weights_in(folder), version("lcexport"))
+    path = folder / graph_name(job)
     save_graph(model, path)
     saved = ir.load(path)
-    proof = prove_precision(saved, spec.bulk)
-    if proof["calls_of_block"] != config.depth:
-        raise BuildError("the graph has another depth", got=proof["calls_of_block"])
+    proof = prove_precision(saved, spec.bulk, attentions=job.attentions)
+    if (layers := depth_of(saved)) != config.depth:
+        raise BuildError("the graph has another depth", got=layers, wanted=config.depth)
     record = GraphRecord(
         file=path.name,
-        preset=preset,
+        job=job,
         batch=options.batch,
-        num_cond_latents=geometry.num_cond_latents,
         inputs=tuple(tensor_record(value) for value in saved.graph.inputs),
         outputs=tuple(tensor_record(value) for value in saved.graph.outputs),
         precision_proof=proof,
@@ -146,27 +154,23 @@ def graph_stage(preset: Preset, options: BuildOptions, folder: Path) -> StageOut
     return StageOutput(files=files, facts={"graph": record.model_dump(mode="json")})
 
 
-def golden_stage(
-    preset: Preset, record: GraphRecord, options: BuildOptions, folder: Path
-) -> StageOutput:
+def golden_stage(record: GraphRecord, options: BuildOptions, folder: Path) -> StageOutput:
     """Inputs from a seed, and what the eager DiT makes of them."""
     dit = dit_from_files(folder / DIT_CONFIG, folder / WEIGHTS, options.device)
     with DitEngine(dit, record, torch.device(options.device)) as engine:
-        tensors = make_golden(engine)
-    path = folder / golden_name(preset)
+        tensors = make_golden(engine, record.job.num_cond_latents)
+    path = folder / golden_name(record.job)
     path.parent.mkdir(exist_ok=True)
     write_bytes(path, save(tensors), replace=True)
-    return StageOutput(files={golden_name(preset): file_record(path)})
+    return StageOutput(files={golden_name(record.job): file_record(path)})
 
 
-def engine_stage(
-    backend: str, bundle: Bundle, preset: Preset, options: BuildOptions
-) -> StageOutput:
+def engine_stage(backend: str, bundle: Bundle, job: Job, options: BuildOptions) -> StageOutput:
     """Open the backend's engine and run it once on the golden inputs against eager's outputs."""
-    golden = read_golden(bundle, preset.name)
-    with open_engine(backend, bundle, preset.name, options.device) as engine:
+    golden = read_golden(bundle, job.name)
+    with open_engine(backend, bundle, job.name, options.device) as engine:
         if isinstance(engine, TrtEngine):
-            plans = bundle.manifest.engines[backend][preset.name].plans
+            plans = bundle.manifest.engines[backend][job.name].plans
             require_fused(engine.inspect(), [plan.attentions for plan in plans])
         facts = check_engine(engine, golden, options)
     return StageOutput(files={}, facts=facts)
@@ -177,12 +181,12 @@ def check_engine(
 ) -> dict[str, object]:
     """One call per branch; BuildError where the engine is further from eager than it may be."""
     facts: dict[str, object] = {}
-    for branch in ("cond", "uncond"):
-        found = difference(run_branch(engine, golden, branch), golden[f"velocity_{branch}"])
-        facts[branch] = found.as_dict()
+    for name, made, wanted in against_golden(engine, golden):
+        found = difference(made, wanted)
+        facts[name] = found.as_dict()
         if not STEP_TOLERANCE[options.precision].holds(found):
             raise BuildError(
-                f"the {engine.backend} engine disagrees with eager torch ({branch})",
+                f"the {engine.backend} engine disagrees with eager torch ({name})",
                 got=found,
                 wanted=STEP_TOLERANCE[options.precision],
             )
@@ -230,17 +234,17 @@ def tensor_record(value: ir.Value) -> TensorRecord:
     """An input or output of the saved graph, in torch's words."""
     assert value.shape is not None
     assert value.dtype is not None
-    dtype = {"FLOAT": "float32", "BOOL": "bool"}[value.dtype.name]
+    dtype = {"FLOAT": "float32", "BFLOAT16": "bfloat16", "BOOL": "bool"}[value.dtype.name]
     shape = tuple(int(dim) for dim in value.shape.numpy())
     return TensorRecord(name=str(value.name), shape=shape, dtype=dtype)
 
 
-def graph_name(preset: Preset) -> str:
-    return f"dit.{preset.name}.onnx"
+def graph_name(job: Job) -> str:
+    return f"dit.{job.name}.onnx"
 
 
-def golden_name(preset: Preset) -> str:
-    return f"golden/{preset.name}.safetensors"
+def golden_name(job: Job) -> str:
+    return f"golden/{job.name}.safetensors"
 
 
 def versions(backends: tuple[str, ...]) -> dict[str, str]:

@@ -23,6 +23,19 @@ ResOption = Annotated[
     str,
     typer.Option(help="Presets or HEIGHTxWIDTHxFRAMES, separated by commas."),
 ]
+TaskOption = Annotated[
+    str, typer.Option("--task", help="t2v, i2v, vc, refine, ...: see docs/tasks.md; by commas.")
+]
+CondFramesOption = Annotated[
+    int, typer.Option(help="Frames of video that a continuation starts from.")
+]
+RefineSizeOption = Annotated[
+    str | None,
+    typer.Option(help="HEIGHTxWIDTH of refined videos; by default 720p's, of the same shape."),
+]
+DenseOption = Annotated[
+    bool, typer.Option("--dense", help="Refine without block-sparse attention.")
+]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", help="The bundle; bundles/<name> by default.")
 ]
@@ -67,6 +80,10 @@ EpContextOption = Annotated[
 def build(
     model: ModelOption = None,
     res: ResOption = "480p",
+    task: TaskOption = "t2v",
+    cond_frames: CondFramesOption = 13,
+    refine_size: RefineSizeOption = None,
+    dense: DenseOption = False,
     output: OutputOption = None,
     precision: PrecisionOption = "fp32",
     islands: IslandsOption = "checkpoint",
@@ -79,7 +96,7 @@ def build(
     targets: TargetsOption = None,
     trt: TrtOption = None,
     ep_context: EpContextOption = False,
-    add: Annotated[bool, typer.Option("--add", help="Add the resolution to a bundle.")] = False,
+    add: Annotated[bool, typer.Option("--add", help="Add the graphs to a bundle.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a killed build.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only, like `plan`.")] = False,
     as_json: JsonOption = False,
@@ -96,7 +113,8 @@ def build(
             do="Leave --model out.",
         )  # fmt: skip
     options = options_from(
-        model=model, res=res, output=output, precision=precision, islands=islands,
+        model=model, res=res, task=task, cond_frames=cond_frames, refine_size=refine_size,
+        dense=dense, output=output, precision=precision, islands=islands,
         backends=backend, batch=batch, device=device, only=only, weights=weights,
         segments=segments, targets=targets, trt=pairs(trt or ()), ep_context=ep_context,
         add=add, resume=resume,

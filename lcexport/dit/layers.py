@@ -4,6 +4,7 @@ Shape letters, here and in every module of this package:
 
     B batch   T, H, W latent grid   h = H/2, w = W/2   N = T*h*w tokens   n0 conditioning tokens
     C hidden size   A attention heads   D head dimension   L text tokens   E time embedding size
+    M cached conditioning tokens, of which attention sees keys and values
 
 Tokens are kept flat, [B*N, C]: a Linear on a matrix becomes one `Gemm` that reads the weight as it
 is stored, where a Linear on [B, N, C] would become a transposed copy of the weight.
@@ -32,7 +33,8 @@ class Geometry:
     frames: int  # T
     rows: int  # h
     columns: int  # w
-    num_cond_latents: int = 0
+    num_cond_latents: int = 0  # leading clean frames among these
+    cached_latents: int = 0  # clean frames before these, of which only keys and values are given
 
     @property
     def frame_tokens(self) -> int:
@@ -48,6 +50,11 @@ class Geometry:
         """n0: the clean frames come first, so they are the first tokens."""
         return self.num_cond_latents * self.frame_tokens
 
+    @property
+    def cached_tokens(self) -> int:
+        """M, tokens of one sample that are keys and values only."""
+        return self.cached_latents * self.frame_tokens
+
 
 def timestep_frequencies(size: int) -> Tensor:
     """exp(-ln(10000) * i / (size/2)) for i < size/2, float32 [size/2]."""
@@ -58,11 +65,12 @@ def timestep_frequencies(size: int) -> Tensor:
 def rope_axes(geometry: Geometry, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Angles of the three axes: float32 [T, d_t/2], [h, d_h/2], [w, d_w/2].
 
-    d_h = d_w = 2 * floor(D/6), d_t is the rest; angle = index * base^(-2j/d), per axis.
+    d_h = d_w = 2 * floor(D/6), d_t is the rest; angle = index * base^(-2j/d), per axis. Cached
+    frames come first and count: T includes them here.
     """
     d_side = 2 * (head_dim // 6)
     sizes = (head_dim - 2 * d_side, d_side, d_side)
-    lengths = (geometry.frames, geometry.rows, geometry.columns)
+    lengths = (geometry.cached_latents + geometry.frames, geometry.rows, geometry.columns)
     axes = []
     for size, length in zip(sizes, lengths, strict=True):
         frequencies = 1.0 / ROPE_BASE ** (torch.arange(0, size, 2, dtype=torch.float32) / size)

@@ -1,158 +1,29 @@
 """LongCat-Video's diffusion transformer. Shape letters: see `lcexport.dit.layers`.
 
-The module boundaries below are the boundaries of the exported graph: `embed`, one `Block`, and
+The module boundaries are the boundaries of the exported graphs: `embed`, one `Block`, and
 `FinalLayer` are each traced once. Parameters carry FastVideo's native names.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import UsageError
+from lcexport.dit.attention import KeyValue
+from lcexport.dit.blocks import Block, FinalLayer
 from lcexport.dit.layers import (
-    AffineNorm,
     CaptionEmbedder,
-    FeedForward,
     Geometry,
-    HeadNorm,
     PatchEmbed,
     TimeEmbedder,
-    gated_add,
-    modulate,
     rope_axes,
     rope_grid,
-    rotate,
     timestep_frequencies,
 )
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T) v: each [B, A, tokens, D]; q is scaled already."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-
-
-class Attention(nn.Module):
-    """Projections and head norms shared by self- and cross-attention."""
-
-    def __init__(self, size: int, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self.to_q = nn.Linear(size, size)
-        self.to_k = nn.Linear(size, size)
-        self.to_v = nn.Linear(size, size)
-        self.to_out = nn.Linear(size, size)
-        self.q_norm = HeadNorm(head_dim, squared_divisor=head_dim)
-        self.k_norm = HeadNorm(head_dim)
-
-    def heads(self, x: Tensor, batch: int) -> Tensor:
-        """[B*N, C] -> [B, N, A, D]."""
-        return x.reshape(batch, x.shape[0] // batch, -1, self.head_dim)
-
-    def merge(self, x_BAND: Tensor) -> Tensor:
-        """[B, A, N, D] -> [B*N, C]."""
-        batch, heads, tokens, dim = x_BAND.shape
-        return x_BAND.transpose(1, 2).reshape(batch * tokens, heads * dim)
-
-    def project(self, x: Tensor, source: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of `x`, keys and values of `source`: each [B, A, tokens, D], q and k normed.
-
-        The queries carry attention's 1/sqrt(D) already.
-        """
-        q = self.q_norm(self.heads(self.to_q(x), batch)).transpose(1, 2)
-        k = self.k_norm(self.heads(self.to_k(source), batch)).transpose(1, 2)
-        v = self.heads(self.to_v(source), batch).transpose(1, 2)
-        return q, k, v
-
-
-class SelfAttention(Attention):
-    """Attention among all tokens; conditioning tokens see only each other."""
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, geometry: Geometry) -> Tensor:
-        q, k, v = self.project(x, x, geometry.batch)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        n0 = geometry.cond_tokens
-        if n0 == 0:
-            out = attend(q, k, v)
-        else:
-            cond = attend(q[:, :, :n0], k[:, :, :n0], v[:, :, :n0])
-            noise = attend(q[:, :, n0:], k, v)
-            out = torch.cat([cond, noise], dim=2)
-        return self.to_out(self.merge(out))
-
-
-class CrossAttention(Attention):
-    """Attention of the noise tokens to the text; conditioning tokens get exactly zero."""
-
-    def forward(
-        self, x: Tensor, text: Tensor, text_mask: Tensor | None, geometry: Geometry
-    ) -> Tensor:
-        batch, n0, size = geometry.batch, geometry.cond_tokens, x.shape[-1]
-        noise = x.reshape(batch, geometry.tokens, size)[:, n0:].reshape(-1, size) if n0 else x
-        q, k, v = self.project(noise, text, batch)
-        keys = None
-        if text_mask is not None:
-            # Spread over the queries: ONNX Runtime's Attention does not broadcast there.
-            keys = text_mask[:, None, None, :].expand(batch, 1, q.shape[2], -1)
-        out = self.to_out(self.merge(attend(q, k, v, keys)))
-        if n0 == 0:
-            return out
-        # Zero, not the projection of zero: the bias is not added either.
-        zeros = torch.zeros(batch, n0, size, dtype=out.dtype, device=out.device)
-        return torch.cat([zeros, out.reshape(batch, -1, size)], dim=1).reshape(x.shape)
-
-
-class Block(nn.Module):
-    """One of the 48 layers: modulated self-attention, cross-attention, modulated SwiGLU."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self.adaln_linear_1 = nn.Linear(config.adaln_tembed_dim, 6 * size)
-        self.self_attn = SelfAttention(size, config.head_dim)
-        self.norm_cross = AffineNorm(size)
-        self.cross_attn = CrossAttention(size, config.head_dim)
-        self.ffn = FeedForward(size, config.ffn_hidden)
-
-    def forward(
-        self,
-        x: Tensor,
-        text: Tensor,
-        time: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        text_mask: Tensor | None,
-        geometry: Geometry,
-    ) -> Tensor:
-        """x [B*N, C], text [B*L, C], time [B*T, E] float32, cos and sin [N, D/2] -> [B*N, C]."""
-        modulation = self.adaln_linear_1(F.silu(time)).split([x.shape[-1]] * 6, dim=-1)
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation
-        attended = self.self_attn(modulate(x, shift_a, scale_a, geometry), cos, sin, geometry)
-        x = gated_add(x, gate_a, attended, geometry)
-        x = x + self.cross_attn(self.norm_cross(x), text, text_mask, geometry)
-        fed = self.ffn(modulate(x, shift_f, scale_f, geometry))
-        return gated_add(x, gate_f, fed, geometry)
-
-
-class FinalLayer(nn.Module):
-    """Modulated projection to patches, and patches back to the latent grid; float32 out."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.channels = config.out_channels
-        self.adaln_linear = nn.Linear(config.adaln_tembed_dim, 2 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.out_channels * 4)
-
-    def forward(self, x: Tensor, time: Tensor, geometry: Geometry) -> Tensor:
-        """x [B*N, C], time [B*T, E] -> [B, 16, T, H, W] float32."""
-        shift, scale = self.adaln_linear(F.silu(time)).split([x.shape[-1]] * 2, dim=-1)
-        # The modulated tokens pass through the bulk dtype before the FP32 product.
-        patches = self.proj(modulate(x, shift, scale, geometry).float())
-        g = geometry
-        # Channels are fastest here, slowest in PatchEmbed.
-        grid = patches.reshape(g.batch, g.frames, g.rows, g.columns, 2, 2, self.channels)
-        video = grid.permute(0, 6, 1, 2, 4, 3, 5)
-        return video.reshape(g.batch, self.channels, g.frames, 2 * g.rows, 2 * g.columns)
 
 
 class LongCatDiT(nn.Module):
@@ -172,6 +43,11 @@ class LongCatDiT(nn.Module):
         """The bulk dtype."""
         return self.patch_embed.proj.weight.dtype
 
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks; a ModuleList does not say what it holds."""
+        return cast("list[Block]", list(self.blocks))
+
     def embed(
         self,
         hidden_states: Tensor,
@@ -185,16 +61,22 @@ class LongCatDiT(nn.Module):
         hidden_states [B, 16, T, H, W], encoder_hidden_states [B, 1, L, C_text], timestep [B, T],
         encoder_attention_mask [B, L] (non-zero where a token counts) or None.
         """
-        x = self.patch_embed(hidden_states.to(self.dtype))
-        # The original casts timesteps to the bulk dtype on entry: in bfloat16 998.3 becomes 1000.
-        rounded = timestep.to(self.dtype).float()
-        time = self.time_embedder(rounded.reshape(-1), frequencies)
+        x, time = self.embed_frames(hidden_states, timestep, frequencies)
         features = encoder_hidden_states.to(self.dtype)
         text = self.caption_embedder(features.reshape(-1, features.shape[-1]))
         if encoder_attention_mask is not None and self.config.text_tokens_zero_pad:
             # Padding is zeroed, not dropped: its keys and values stay in the softmax.
             text = text * encoder_attention_mask.reshape(-1, 1).to(text.dtype)
         return x, text, time
+
+    def embed_frames(
+        self, hidden_states: Tensor, timestep: Tensor, frequencies: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The part of `embed` that is not the text: x [B*N, C] and time [B*T, E] float32."""
+        x = self.patch_embed(hidden_states.to(self.dtype))
+        # The original casts timesteps to the bulk dtype on entry: in bfloat16 998.3 becomes 1000.
+        rounded = timestep.to(self.dtype).float()
+        return x, self.time_embedder(rounded.reshape(-1), frequencies)
 
     def text_mask(self, encoder_attention_mask: Tensor | None) -> Tensor | None:
         """Keys cross-attention may see, bool [B, L]; None where padding is zeroed or unknown."""
@@ -209,6 +91,7 @@ class LongCatDiT(nn.Module):
         timestep: Tensor,
         encoder_attention_mask: Tensor | None = None,
         num_cond_latents: int = 0,
+        cache: Sequence[KeyValue] | None = None,
     ) -> Tensor:
         """The velocity x0 - noise, float32 [B, 16, T, H, W].
 
@@ -218,26 +101,52 @@ class LongCatDiT(nn.Module):
             timestep: [B], or [B, T] for one timestep per latent frame, on the 0..1000 scale.
             encoder_attention_mask: [B, L], non-zero where a token is not padding; None uses all.
             num_cond_latents: how many leading latent frames are clean conditioning.
+            cache: what `cache` made of the clean frames before these; then none are among these.
+                One sample's serves the whole batch.
 
         Raises:
             UsageError: a shape the model cannot take.
         """
-        geometry = self.geometry(hidden_states, timestep, num_cond_latents)
+        geometry = self.geometry(hidden_states, timestep, num_cond_latents, cache)
         self.check_text(encoder_hidden_states, encoder_attention_mask, geometry.batch)
-        if timestep.ndim == 1:
-            timestep = timestep.unsqueeze(1).expand(-1, geometry.frames)
-        device = hidden_states.device
-        frequencies = timestep_frequencies(self.config.frequency_embedding_size).to(device)
+        cos, sin, frequencies = self.tables(geometry, hidden_states.device)
+        x, text, time = self.embed(
+            hidden_states,
+            encoder_hidden_states,
+            per_frame(timestep, geometry),
+            encoder_attention_mask,
+            frequencies,
+        )
+        text_mask = self.text_mask(encoder_attention_mask)
+        for i, block in enumerate(self.layers):
+            past = None if cache is None else batched(cache[i], geometry.batch)
+            x = block(x, text, time, cos, sin, text_mask, geometry, past)
+        return self.final_layer(x, time, geometry)
+
+    def cache(self, hidden_states: Tensor, timestep: Tensor | None = None) -> list[KeyValue]:
+        """Keys and values of clean frames, layer by layer, for any number of later `forward`s.
+
+        hidden_states: the clean latents [B, 16, T, H, W]; timestep [B] or [B, T], 0 where None.
+        They attend among themselves, and to no text. Each tensor is [B, A, T*h*w, D] in the bulk
+        dtype, the keys after their norm and before RoPE.
+        """
+        if timestep is None:
+            timestep = torch.zeros(len(hidden_states), device=hidden_states.device)
+        geometry = self.geometry(hidden_states, timestep, 0)
+        cos, sin, frequencies = self.tables(geometry, hidden_states.device)
+        x, time = self.embed_frames(hidden_states, per_frame(timestep, geometry), frequencies)
+        made = []
+        for block in self.layers[:-1]:
+            x, k, v = block.caching(x, time, cos, sin, geometry)
+            made.append((k, v))
+        return [*made, self.layers[-1].last_caching(x, time, geometry)]
+
+    def tables(self, geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """cos and sin [M+N, D/2] of RoPE, and the timestep's frequencies."""
         axes = rope_axes(geometry, self.config.head_dim)
         cos = rope_grid(*(axis.cos().to(device) for axis in axes))
         sin = rope_grid(*(axis.sin().to(device) for axis in axes))
-        x, text, time = self.embed(
-            hidden_states, encoder_hidden_states, timestep, encoder_attention_mask, frequencies
-        )
-        text_mask = self.text_mask(encoder_attention_mask)
-        for block in self.blocks:
-            x = block(x, text, time, cos, sin, text_mask, geometry)
-        return self.final_layer(x, time, geometry)
+        return cos, sin, timestep_frequencies(self.config.frequency_embedding_size).to(device)
 
     def check_text(self, text: Tensor, mask: Tensor | None, batch: int) -> None:
         """UsageError unless text is [B, 1, L, C_text] and the mask [B, L]: both would broadcast."""
@@ -256,7 +165,13 @@ class LongCatDiT(nn.Module):
                 wanted=[batch, text.shape[2]],
             )
 
-    def geometry(self, hidden_states: Tensor, timestep: Tensor, num_cond_latents: int) -> Geometry:
+    def geometry(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        num_cond_latents: int,
+        cache: Sequence[KeyValue] | None = None,
+    ) -> Geometry:
         """Sizes of this call, or UsageError where the model cannot take them."""
         if hidden_states.ndim != 5 or hidden_states.shape[1] != self.config.in_channels:
             raise UsageError(
@@ -282,4 +197,37 @@ class LongCatDiT(nn.Module):
             raise UsageError(
                 "num_cond_latents out of range", got=num_cond_latents, wanted=f"0..{frames - 1}"
             )
-        return Geometry(batch, frames, height // 2, width // 2, num_cond_latents)
+        geometry = Geometry(batch, frames, height // 2, width // 2, num_cond_latents)
+        if cache is None:
+            return geometry
+        if num_cond_latents:
+            raise UsageError("conditioning latents are in the cache or in front, not in both")
+        return replace(geometry, cached_latents=self.cached_latents(cache, geometry))
+
+    def cached_latents(self, cache: Sequence[KeyValue], geometry: Geometry) -> int:
+        """Frames in the cache; UsageError where it is another model's or another grid's."""
+        heads, dim = self.config.num_heads, self.config.head_dim
+        shapes = {tuple(tensor.shape) for layer in cache for tensor in layer}
+        batch, *rest = next(iter(shapes), (0,))
+        tokens = rest[1] if len(rest) == 3 else 0
+        fits = len(shapes) == 1 and len(cache) == self.config.depth and tokens
+        wanted = [heads, tokens - tokens % geometry.frame_tokens, dim]
+        if not fits or rest != wanted or batch not in (1, geometry.batch):
+            raise UsageError(
+                "the key/value cache is of another model or resolution",
+                got=f"{len(cache)} layers of {sorted(shapes)}",
+                wanted=f"{self.config.depth} layers of [1 or {geometry.batch}, {heads}, a multiple "
+                f"of {geometry.frame_tokens}, {dim}]",
+            )
+        return tokens // geometry.frame_tokens
+
+
+def per_frame(timestep: Tensor, geometry: Geometry) -> Tensor:
+    """[B, T] of a timestep [B] or [B, T]."""
+    return timestep[:, None].expand(-1, geometry.frames) if timestep.ndim == 1 else timestep
+
+
+def batched(cache: KeyValue, batch: int) -> KeyValue:
+    """One sample's keys and values for every sample of a batch."""
+    k, v = cache
+    return k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)

@@ -47,7 +47,7 @@ def wrap_plans(
     values = {str(value.name): value for value in inputs}
     nodes = []
     for index, plan in enumerate(engine.plans):
-        name = f"lcexport_{backend}_{graph.preset.name}_{index:02d}"
+        name = f"lcexport_{backend}_{graph.name}_{index:02d}"
         node = plan_node(name, backend, engine, plan, graph.file, values)
         values.update({str(value.name): value for value in node.outputs})
         nodes.append(node)
@@ -56,7 +56,7 @@ def wrap_plans(
         look_up(values, graph.outputs, "the graph"),
         nodes=nodes,
         opset_imports={"": OPSET, DOMAIN: 1},
-        name=f"{graph.preset.name}_{backend}",
+        name=f"{graph.name}_{backend}",
     )
     return ir.Model(
         wrapped,

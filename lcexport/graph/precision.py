@@ -40,7 +40,7 @@ ROUNDED = NORM_RESULTS | SUMS
 PRODUCTS = frozenset({"Gemm", "MatMul", "Conv"})
 WEIGHT_USERS = frozenset({"Gemm", "LayerNormalization", "Mul", "Reshape"})
 ISLAND_INPUTS = ("time", "cos", "sin")
-FUNCTIONS = ("Embed", "Block", "Final")
+FUNCTIONS = ("Embed", "Block", "Final", "CacheEmbed", "CacheBlock", "CacheLast")
 
 Signature = tuple[tuple[ir.DataType, tuple[int, ...]], ...]
 Dtypes = Mapping[str, ir.DataType]
@@ -60,7 +60,8 @@ def prove_precision(model: ir.Model, bulk: torch.dtype, *, attentions: int = 2) 
     Args:
         model: a graph made by `onnx_from_dit`, as saved.
         bulk: the dtype of attention and of the large products.
-        attentions: attention layers per block: 2, or 3 with conditioning latents.
+        attentions: attention layers per block: 2, or 3 with conditioning latents; 1 in the graph
+            that makes a cache.
 
     Raises:
         BuildError: an operation breaks the policy; the message names function and node.
@@ -82,7 +83,7 @@ def prove_precision(model: ir.Model, bulk: torch.dtype, *, attentions: int = 2) 
         totals.update(finding.counts)
         totals[f"calls_of_{node.op_type.lower()}"] += 1
         known.update(zip((str(o.name) for o in node.outputs), finding.outputs, strict=True))
-    if totals["calls_of_final"]:  # a segment before the last has no velocity
+    if totals["calls_of_final"]:  # a segment before the last has no velocity, nor has a cache
         found = known[str(model.graph.outputs[0].name)][0]
         require(found == FLOAT, "the velocity is not float32", found)
     return dict(sorted(totals.items()))
@@ -266,6 +267,27 @@ def check_counts(
             "roundings": 11,
         },
         "Final": {"products_fp32": 2, "layer_norms_fp32": 1, "island_exits": 1, "roundings": 1},
+        "CacheEmbed": {"products_bulk": 1, "products_fp32": 2, "roundings": 2, "island_exits": 0},
+        # a Block without cross-attention: four products, two head norms and a norm fewer
+        "CacheBlock": {
+            "products_bulk": 7,
+            "products_fp32": 1,
+            "attentions_bulk": attentions,
+            "layer_norms_fp32": 2,
+            "rms_norms_fp32": 2,
+            "island_exits": 6,
+            "roundings": 8,
+        },
+        # keys and values alone: one modulation, one head norm
+        "CacheLast": {
+            "products_bulk": 2,
+            "products_fp32": 1,
+            "attentions_bulk": 0,
+            "layer_norms_fp32": 1,
+            "rms_norms_fp32": 1,
+            "island_exits": 1,
+            "roundings": 2,
+        },
     }[function.name]
     if bulk == FLOAT:
         expected |= {"island_exits": 0, "roundings": 0}  # one dtype throughout
@@ -307,7 +329,8 @@ def stored_name(value: ir.Value | None) -> str:
 
 def full_name(function: ir.Function, parameter: str) -> str:
     """Native name of a parameter; a block's are those of the first block."""
-    return {"Block": "blocks.0.", "Final": "final_layer.", "Embed": ""}[function.name] + parameter
+    prefixes = {"Block": "blocks.0.", "CacheBlock": "blocks.0.", "CacheLast": "blocks.0."}
+    return {**prefixes, "Final": "final_layer."}.get(function.name, "") + parameter
 
 
 def require(holds: bool, what: str, got: object) -> None:

@@ -17,6 +17,8 @@ import onnx_ir as ir
 from lcexport.configs.errors import BuildError, ResourceError, UsageError
 from lcexport.engines.trt.compile import BYTES_PER_WEIGHT_BYTE, FIXED_BYTES, build_bytes
 
+WHOLE = (("Embed", "Final"), ("CacheEmbed", "CacheLast"))  # first and last call of a whole graph
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -43,16 +45,16 @@ class Segment:
 def segment_graph(model: ir.Model, count: int) -> list[Segment]:
     """Cut the graph into `count` segments that, run one after another, compute the same.
 
-    The blocks are spread evenly, the longer runs first; Embed goes with the first segment, Final
-    with the last. `model` stays as it is.
+    The blocks are spread evenly, the longer runs first; what is before the blocks goes with the
+    first segment, what is after them with the last. `model` stays as it is.
 
     Raises:
         UsageError: there are fewer blocks than segments, or no segment at all.
     """
     calls = list(model.graph)
-    if [node.op_type for node in (calls[0], calls[-1])] != ["Embed", "Final"]:
+    if (calls[0].op_type, calls[-1].op_type) not in WHOLE:
         raise BuildError("only a whole graph can be cut", got=f"{len(calls)} calls")
-    depth = len(calls) - 2
+    depth = depth_of(model)
     require_segments(count, depth)
     bounds = [0]
     for index in range(count):
@@ -81,6 +83,11 @@ def segment_graph(model: ir.Model, count: int) -> list[Segment]:
             )
         )
     return segments
+
+
+def depth_of(model: ir.Model) -> int:
+    """How many calls of the graph are layers."""
+    return sum(str(node.name).startswith("blocks.") for node in model.graph)
 
 
 def require_segments(count: int, depth: int) -> None:

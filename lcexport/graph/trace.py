@@ -16,14 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lcexport.checkpoint import is_island
 from lcexport.configs.dit import DiTConfig
-from lcexport.dit.layers import Geometry, rope_axes, rope_grid, timestep_frequencies
-from lcexport.dit.model import LongCatDiT
+from lcexport.dit.layers import Geometry
+from lcexport.graph.modules import (
+    BlockPart,
+    CacheBlockPart,
+    CacheEmbedPart,
+    CacheLastPart,
+    EmbedPart,
+    FinalPart,
+    embed_tables,
+    embedders,
+    fake_dit,
+)
 from lcexport.graph.passes import InputsToConstants, ParametersToInputs, clean_function
 
 OPSET = 23  # the first with Attention; 26 and later are refused by TensorRT's parser
 DOMAIN = "lcexport"
+CACHED = ("cached_key", "cached_value")
 
 
 @dataclass(frozen=True)
@@ -51,78 +61,23 @@ class Part:
     outputs: tuple[ir.Value, ...]
 
 
-class EmbedPart(nn.Module):
-    """Inputs of the DiT -> x, text, time, cos, sin (and the text mask where the model has one)."""
-
-    def __init__(self, dit: LongCatDiT, tables: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.dit = dit
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        timestep: Tensor,
-        encoder_attention_mask: Tensor,
-    ) -> tuple[Tensor, ...]:
-        table = self.get_buffer
-        x, text, time = self.dit.embed(
-            hidden_states,
-            encoder_hidden_states,
-            timestep,
-            encoder_attention_mask,
-            table("frequencies"),
-        )
-        cos = rope_grid(*(table(f"cos_{i}") for i in range(3)))
-        sin = rope_grid(*(table(f"sin_{i}") for i in range(3)))
-        mask = self.dit.text_mask(encoder_attention_mask)
-        # A mask handed through untouched would make one value both input and output.
-        return (x, text, time, cos, sin) + (() if mask is None else (mask.clone(),))
-
-
-def embed_tables(config: DiTConfig, geometry: Geometry) -> dict[str, Tensor]:
-    """What depends on the shape alone: real tensors, made by torch rather than by each engine.
-
-    RoPE's are kept per axis (`cos_0` is time's, [T, d_t/2]) and spread in the graph.
-    """
-    axes = rope_axes(geometry, config.head_dim)
-    tables = {f"cos_{i}": axis.cos() for i, axis in enumerate(axes)}
-    tables |= {f"sin_{i}": axis.sin() for i, axis in enumerate(axes)}
-    return tables | {"frequencies": timestep_frequencies(config.frequency_embedding_size)}
-
-
-class BlockPart(nn.Module):
-    """One layer of the DiT; the text mask is an input only where the model has one."""
-
-    def __init__(self, dit: LongCatDiT, geometry: Geometry) -> None:
-        super().__init__()
-        self.block = dit.blocks[0]
-        self.geometry = geometry
-
-    def forward(
-        self,
-        x: Tensor,
-        text: Tensor,
-        time: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        text_mask: Tensor | None = None,
-    ) -> Tensor:
-        return self.block(x, text, time, cos, sin, text_mask, self.geometry)
-
-
-class FinalPart(nn.Module):
-    """The last tokens -> the velocity."""
-
-    def __init__(self, dit: LongCatDiT, geometry: Geometry) -> None:
-        super().__init__()
-        self.final_layer = dit.final_layer
-        self.geometry = geometry
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return self.final_layer(x, time, self.geometry)
+def trace_cache_parts(config: DiTConfig, spec: GraphSpec) -> tuple[Part, Part, Part]:
+    """Trace the graph that makes a cache: embed, one block, and the last block."""
+    geometry = spec.geometry
+    tables = embed_tables(config, geometry)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        dit = fake_dit(config, spec.bulk)
+        inputs, tokens = fake_inputs(config, spec)
+    inputs = {name: inputs[name] for name in ("hidden_states", "timestep")}
+    tokens = {name: tokens[name] for name in ("x", "time", "cos", "sin")}
+    last = {name: tokens[name] for name in ("x", "time")}
+    embed_part = CacheEmbedPart(embedders(dit, ("patch_embed", "time_embedder")), tables)
+    embed = trace("CacheEmbed", embed_part, "dit.", inputs, tuple(tokens), mode, tables)
+    outputs = ("x_next", "key", "value")
+    block = trace("CacheBlock", CacheBlockPart(dit, geometry), "block.", tokens, outputs, mode)
+    last_part = CacheLastPart(dit, geometry)
+    return embed, block, trace("CacheLast", last_part, "block.", last, outputs[1:], mode)
 
 
 def trace_parts(config: DiTConfig, spec: GraphSpec) -> tuple[Part, Part, Part]:
@@ -134,8 +89,8 @@ def trace_parts(config: DiTConfig, spec: GraphSpec) -> tuple[Part, Part, Part]:
         dit = fake_dit(config, spec.bulk)
         inputs, tokens = fake_inputs(config, spec)
     last = {name: tokens[name] for name in ("x", "time")}
-    embed_part = EmbedPart(embedders(dit), tables)
-    embed = trace("Embed", embed_part, "dit.", inputs, tuple(tokens), mode, tables)
+    made = tuple(name for name in tokens if name not in CACHED)
+    embed = trace("Embed", EmbedPart(embedders(dit), tables), "dit.", inputs, made, mode, tables)
     block = trace("Block", BlockPart(dit, geometry), "block.", tokens, ("x_next",), mode)
     final_part = FinalPart(dit, geometry)
     final = trace("Final", final_part, "final_layer.", last, ("velocity",), mode)
@@ -152,39 +107,21 @@ def fake_inputs(config: DiTConfig, spec: GraphSpec) -> tuple[dict[str, Tensor], 
         "timestep": torch.empty(batch, frames),
         "encoder_attention_mask": torch.empty(batch, length, dtype=torch.bool),
     }
+    heads, dim = config.num_heads, config.head_dim
+    past = spec.geometry.cached_tokens
     between = {
         "x": torch.empty(batch * tokens, config.hidden_size, dtype=spec.bulk),
         "text": torch.empty(batch * length, config.hidden_size, dtype=spec.bulk),
         "time": torch.empty(batch * frames, config.adaln_tembed_dim),
-        "cos": torch.empty(tokens, config.head_dim // 2),
-        "sin": torch.empty(tokens, config.head_dim // 2),
+        "cos": torch.empty(past + tokens, dim // 2),
+        "sin": torch.empty(past + tokens, dim // 2),
     }
     if not config.text_tokens_zero_pad:
         between["text_mask"] = torch.empty(batch, length, dtype=torch.bool)
+    if past:
+        for name in CACHED:
+            between[name] = torch.empty(batch, heads, past, dim, dtype=spec.bulk)
     return inputs, between
-
-
-def fake_dit(config: DiTConfig, bulk: torch.dtype) -> LongCatDiT:
-    """A DiT of one block whose parameters are fake: their shapes and dtypes, no storage."""
-    with torch.device("meta"):
-        dit = LongCatDiT(config.model_copy(update={"depth": 1}))
-    parameters = {
-        name: torch.empty(parameter.shape, dtype=torch.float32 if is_island(name) else bulk)
-        for name, parameter in dit.named_parameters()
-    }
-    dit.load_state_dict(parameters, assign=True)
-    return dit.requires_grad_(False).eval()
-
-
-def embedders(dit: LongCatDiT) -> LongCatDiT:
-    """The same model without its layers, so that Embed's trace lists only what it uses."""
-    with torch.device("meta"):
-        bare = LongCatDiT(dit.config)
-    for name in ("patch_embed", "time_embedder", "caption_embedder"):
-        setattr(bare, name, getattr(dit, name))
-    bare.blocks = nn.ModuleList()
-    del bare.final_layer
-    return bare
 
 
 def trace(

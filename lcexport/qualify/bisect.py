@@ -89,7 +89,9 @@ def obstacle(subject: Subject) -> str:
     if subject.backend == "onnxruntime" and subject.bulk != torch.float32:
         return "ONNX Runtime hands out no bf16 tensors: bisect an fp32 bundle"
     record, config = subject.record, subject.config
-    values = record.preset.tokens * record.batch * config.hidden_size
+    if record.job.part == "cache" or record.job.cached_latents:
+        return "only graphs without a key/value cache are bisected: take another of these weights"
+    values = record.job.tokens * record.batch * config.hidden_size
     needed = 2 * (config.depth + 2) * values * torch.float32.itemsize
     if (available := available_memory_bytes()) < needed:
         return (
@@ -147,7 +149,7 @@ def eager_runner(base: Any, subject: Subject, names: list[str]) -> Any:
             given = {name: torch.from_numpy(np.asarray(a)) for name, a in feed_dict.items()}
             placed = {name: tensor.to(subject.device) for name, tensor in given.items()}
             with torch.inference_mode(), recorded(self.dit) as seen:
-                result = self.dit(**placed, num_cond_latents=subject.record.num_cond_latents)
+                result = self.dit(**placed, num_cond_latents=subject.record.job.num_cond_latents)
             host = [*seen, result.cpu()]
             return OrderedDict((n, t.numpy()) for n, t in zip(names, host, strict=True))
 

@@ -218,7 +218,7 @@ def description(subject: Subject) -> dict[str, object]:
         "precision": manifest.precision,
         "islands": manifest.islands,
         "resolution": subject.resolution,
-        "tokens": subject.record.preset.tokens,
+        "tokens": subject.record.job.tokens,
         "batch": subject.record.batch,
         "backend": subject.backend,
         "device": str(subject.device),

@@ -17,7 +17,7 @@ import torch
 from lcexport.eager import DitEngine
 from lcexport.engines import Engine
 from lcexport.engines.host import release
-from lcexport.flops import forward_flops
+from lcexport.flops import job_flops
 from lcexport.golden import branch_inputs, golden_inputs
 from lcexport.qualify.claims import Check, Claim, Result, first_line, judged, measured, untested
 from lcexport.qualify.subject import Subject
@@ -179,8 +179,7 @@ def summary(seconds: list[float]) -> dict[str, float]:
 def arithmetic(subject: Subject, seconds: float) -> Result:
     """Operations per second of a pass, beside those of a matrix product alone."""
     record, config = subject.record, subject.config
-    preset = record.preset
-    flops = forward_flops(config, preset.latent_frames, preset.tokens, preset.text_tokens)
+    flops = job_flops(config, record.job)
     operations = flops.total * record.batch
     peak = matrix_peak(subject)
     got: dict[str, object] = {
@@ -195,7 +194,7 @@ def arithmetic(subject: Subject, seconds: float) -> Result:
 def matrix_peak(subject: Subject) -> float:
     """Operations per second of the fastest of the model's large products, best of several."""
     config, device = subject.config, subject.device
-    rows = min(subject.record.preset.tokens * subject.record.batch, MOST_ROWS)
+    rows = min(subject.record.job.tokens * subject.record.batch, MOST_ROWS)
     size, wide = config.hidden_size, config.ffn_hidden
     best = 0.0
     for inner, columns in ((size, size), (size, wide), (wide, size)):

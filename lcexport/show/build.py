@@ -7,10 +7,10 @@ from lcexport.show.console import amount, out, show_fact, show_text, table
 
 def show_plan(plan: Plan) -> None:
     """Sizes, FLOPs and memory of a build that was not run."""
-    sizes = table("Resolutions", "name", ">pixels", ">frames", ">latents", ">tokens", ">PFLOP/step")
+    sizes = table("Graphs", "name", ">pixels", ">frames", ">latents", ">tokens", ">PFLOP/step")
     for size in plan.sizes:
         sizes.add_row(
-            size.resolution,
+            size.graph,
             f"{size.height} x {size.width}",
             str(size.frames),
             "x".join(str(dim) for dim in size.latent_shape),
@@ -26,11 +26,13 @@ def show_plan(plan: Plan) -> None:
         needs.add_row("plans of each TensorRT engine", str(plan.plans_per_engine), "")
     needs.add_row("weights file", amount(plan.weights_bytes), "")
     for size in plan.sizes:
-        name = size.resolution
+        name = size.graph
         needs.add_row(f"one step's activations, {name}", amount(size.activation_bytes), "")
         if size.attention_scores_bytes:
             scores = amount(size.attention_scores_bytes)
             needs.add_row(f"attention scores on a processor, {name}", scores, "")
+        if size.cache_bytes:
+            needs.add_row(f"key/value cache, {name}", amount(size.cache_bytes), "")
         needs.add_row(f"VAE decoding, {name}", amount(size.vae_decode_bytes), "")
     for offload, count in plan.runtime_bytes.items():
         needs.add_row(f"generating, offload={offload}", amount(count), "")

@@ -46,11 +46,16 @@ def show_bundle(bundle: Bundle) -> None:
     for name, graph in manifest.graphs.items():
         if added := graph.added:
             show_fact("added", f"{name} ({added.created}) with {listed(added.versions)}")
-    graphs = table("Graphs", "name", ">pixels", ">frames", ">tokens", "file")
+    columns = ("name", ">pixels", ">frames", ">tokens", ">clean latents", "attention", "file")
+    graphs = table("Graphs", *columns)
     for name, graph in manifest.graphs.items():
-        preset = graph.preset
-        size = f"{preset.height} x {preset.width}"
-        graphs.add_row(name, size, str(preset.frames), f"{preset.tokens:,}", graph.file)
+        job = graph.job
+        size = f"{job.height} x {job.width}"
+        clean = job.num_cond_latents or job.cached_latents
+        attention = "sparse" if job.sparse else "dense"
+        graphs.add_row(
+            name, size, str(job.frames), f"{job.tokens:,}", str(clean), attention, graph.file
+        )
     files = table("Files", "file", ">size", "sha256")
     for name, record in manifest.files.items():
         files.add_row(name, amount(record.bytes), record.sha256[:16])

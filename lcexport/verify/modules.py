@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lcexport.compare import STEP_TOLERANCE, difference
-from lcexport.dit.layers import rope_axes, rope_grid, timestep_frequencies
+from lcexport.configs.tasks import Job
 from lcexport.dit.model import LongCatDiT
-from lcexport.eager import dit_from_files
+from lcexport.eager import dit_from_files, keys_values
 from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle
 from lcexport.verify.report import Check, compared
 
@@ -23,7 +23,7 @@ BACKEND = "onnxruntime"
 
 
 def check_modules(bundle: Bundle, resolution: str, golden: dict[str, Tensor]) -> Iterator[Check]:
-    """One row for Embed, each block and the final layer.
+    """One row for each output of Embed, each block and the final layer.
 
     ONNX Runtime has no bfloat16 on processors: for such a bundle there is one row that says so.
     """
@@ -32,11 +32,12 @@ def check_modules(bundle: Bundle, resolution: str, golden: dict[str, Tensor]) ->
         yield Check("module", resolution, BACKEND, "all modules", {}, why, None)
         return
     dit = dit_from_files(bundle.path(DIT_CONFIG), bundle.path(WEIGHTS))
-    graph = ir.load(bundle.path(bundle.graph(resolution).file))
+    record = bundle.graph(resolution)
+    graph = ir.load(bundle.path(record.file))
     nodes = list(graph.graph)
     weights: dict[str, Tensor] = dict(dit.named_parameters())
     tolerance = STEP_TOLERANCE["fp32"]
-    for node, (inputs, wanted) in zip(nodes, torch_modules(dit, golden), strict=True):
+    for node, (inputs, wanted) in zip(nodes, torch_modules(dit, golden, record.job), strict=True):
         got = run_call(graph, node, inputs, weights)
         for value, found, reference in zip(node.outputs, got, wanted, strict=True):
             name = str(value.name)
@@ -46,26 +47,48 @@ def check_modules(bundle: Bundle, resolution: str, golden: dict[str, Tensor]) ->
 
 
 def torch_modules(
-    dit: LongCatDiT, golden: dict[str, Tensor]
+    dit: LongCatDiT, golden: dict[str, Tensor], job: Job
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """(inputs, outputs) of each module in order, computed by torch."""
+    with torch.inference_mode():
+        yield from (cache_modules if job.part == "cache" else denoise_modules)(dit, golden, job)
+
+
+def denoise_modules(
+    dit: LongCatDiT, golden: dict[str, Tensor], job: Job
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Embed, the blocks and the final layer."""
     latents, text_in = golden["hidden_states"], golden["text_cond"]
     timestep, mask = golden["timestep"], golden["mask_cond"]
+    cache = keys_values(golden) if job.cached_latents else None
+    geometry = dit.geometry(latents, timestep, job.num_cond_latents, cache)
+    cos, sin, frequencies = dit.tables(geometry, latents.device)
+    x, text, time = dit.embed(latents, text_in, timestep, mask, frequencies)
+    text_mask = dit.text_mask(mask)
+    shared = [text, time, cos, sin] + ([] if text_mask is None else [text_mask])
+    yield [latents, text_in, timestep, mask], [x, *shared]
+    for layer, block in enumerate(dit.layers):
+        past = None if cache is None else cache[layer]
+        inputs = [x, *shared, *(past or ())]
+        x = block(x, text, time, cos, sin, text_mask, geometry, past)
+        yield inputs, [x]
+    yield [x, time], [dit.final_layer(x, time, geometry)]
+
+
+def cache_modules(
+    dit: LongCatDiT, golden: dict[str, Tensor], job: Job
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Embed, the blocks, and the last one's keys and values."""
+    latents, timestep = golden["hidden_states"], golden["timestep"]
     geometry = dit.geometry(latents, timestep, 0)
-    frequencies = timestep_frequencies(dit.config.frequency_embedding_size)
-    axes = rope_axes(geometry, dit.config.head_dim)
-    with torch.inference_mode():
-        cos = rope_grid(*(axis.cos() for axis in axes))
-        sin = rope_grid(*(axis.sin() for axis in axes))
-        x, text, time = dit.embed(latents, text_in, timestep, mask, frequencies)
-        text_mask = dit.text_mask(mask)
-        shared = [text, time, cos, sin] + ([] if text_mask is None else [text_mask])
-        yield [latents, text_in, timestep, mask], [x, *shared]
-        for block in dit.blocks:
-            inputs = [x, *shared]
-            x = block(x, text, time, cos, sin, text_mask, geometry)
-            yield inputs, [x]
-        yield [x, time], [dit.final_layer(x, time, geometry)]
+    cos, sin, frequencies = dit.tables(geometry, latents.device)
+    x, time = dit.embed_frames(latents, timestep, frequencies)
+    yield [latents, timestep], [x, time, cos, sin]
+    for block in dit.layers[:-1]:
+        inputs = [x, time, cos, sin]
+        x, key, value = block.caching(x, time, cos, sin, geometry)
+        yield inputs, [x, key, value]
+    yield [x, time], list(dit.layers[-1].last_caching(x, time, geometry))
 
 
 def run_call(

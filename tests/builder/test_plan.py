@@ -54,26 +54,29 @@ def test_float32_weights_take_twice_the_bulk():
 
 
 def test_stages_follow_the_options(options):
+    def names(options):
+        return plan.stage_names(options, options.jobs(RELEASED))
+
     both = options.model_copy(
         update={
             "presets": (preset_from("64x96x9"), preset_from("64x64x5")),
             "backends": ("onnxruntime", "eager"),
         }
     )
-    assert plan.stage_names(both) == [
+    assert names(both) == [
         "weights",
         "components",
         "graph:64x96x9",
-        "graph:64x64x5",
         "golden:64x96x9",
         "engine:onnxruntime:64x96x9",
         "engine:eager:64x96x9",
+        "graph:64x64x5",
         "golden:64x64x5",
         "engine:onnxruntime:64x64x5",
         "engine:eager:64x64x5",
     ]
     wrapped = {"backends": ("tensorrt-rtx",), "ep_context": True, "only": "compile"}
-    assert plan.stage_names(options.model_copy(update=wrapped)) == [
+    assert names(options.model_copy(update=wrapped)) == [
         "weights",
         "components",
         "graph:64x96x9",
@@ -81,7 +84,9 @@ def test_stages_follow_the_options(options):
         "context:tensorrt-rtx:64x96x9",
     ]
     only = both.model_copy(update={"only": "export", "add": True})
-    assert plan.stage_names(only) == ["graph:64x96x9", "graph:64x64x5"]
+    assert names(only) == ["graph:64x96x9", "graph:64x64x5"]
+    continued = options.model_copy(update={"tasks": ("vc",), "cond_frames": 5, "only": "export"})
+    assert names(continued)[2:] == ["graph:64x96x9.vc.cache", "graph:64x96x9.vc"]
 
 
 def test_the_weights_a_plan_foretells_are_those_a_build_writes(

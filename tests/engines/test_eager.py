@@ -16,7 +16,9 @@ SIZE = "64x96x9"
 @pytest.fixture
 def doubling() -> EagerEngine:
     specs = [TensorSpec(name, (2, 3), torch.float32) for name in ("x", "velocity")]
-    return EagerEngine(lambda given: 2 * given["x"], (specs[0],), specs[1], torch.device("cpu"))
+    return EagerEngine(
+        lambda given: [2 * given["x"]], (specs[0],), (specs[1],), torch.device("cpu")
+    )
 
 
 def test_it_fills_the_callers_buffer(doubling):

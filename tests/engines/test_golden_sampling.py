@@ -24,7 +24,7 @@ def eager_engine(dit: LongCatDiT, batch: int) -> EagerEngine:
         TensorSpec("encoder_attention_mask", (batch, 12), torch.bool),
     )
     output = TensorSpec("velocity", (batch, 16, 3, 8, 12), torch.float32)
-    return EagerEngine(lambda given: dit(**given), inputs, output, torch.device("cpu"))
+    return EagerEngine(lambda given: [dit(**given)], inputs, (output,), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -8,6 +8,7 @@ import pytest
 
 from lcexport.configs import preset_from
 from lcexport.configs.errors import BuildError, UsageError
+from lcexport.configs.tasks import jobs_for
 from lcexport.engines import PROVIDERS
 from lcexport.engines.bundle import EngineRecord, GraphRecord, PlanRecord, TensorRecord
 from lcexport.graph.epcontext import wrap_plans
@@ -56,9 +57,8 @@ def engine(plans: tuple[PlanRecord, ...], **changes) -> EngineRecord:
 def graph() -> GraphRecord:
     return GraphRecord(
         file="dit.demo.onnx",
-        preset=preset_from("demo"),
+        job=jobs_for(preset_from("demo"), "t2v")[0],
         batch=1,
-        num_cond_latents=0,
         inputs=(LATENTS, MASK),
         outputs=(VELOCITY,),
         precision_proof={},

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lcexport.configs import Preset
+from lcexport.configs.tasks import jobs_for
 from lcexport.engines import TensorSpec
 from lcexport.engines.bundle import (
     MANIFEST,
@@ -123,20 +124,18 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_bundle(text_folder: Path, vae_folder: Path) -> Callable[..., Path]:
     """`make_bundle(folder, precision=..., shift=..., ...)` writes a bundle without a DiT."""
 
-    def make(
-        folder: Path, precision: str = "fp32", scheduler: str = '{"shift": 12.0}', cond: int = 0
-    ) -> Path:
+    def make(folder: Path, precision: str = "fp32", scheduler: str = '{"shift": 12.0}') -> Path:
         shutil.copytree(text_folder, folder)
         shutil.copytree(vae_folder / "vae", folder / "vae")
         (folder / "scheduler").mkdir()
         (folder / "scheduler/scheduler_config.json").write_text(scheduler)
-        (folder / MANIFEST).write_text(manifest(folder, precision, cond).model_dump_json())
+        (folder / MANIFEST).write_text(manifest(folder, precision).model_dump_json())
         return folder
 
     return make
 
 
-def manifest(folder: Path, precision: str, cond: int) -> Manifest:
+def manifest(folder: Path, precision: str) -> Manifest:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     records = {
         path.relative_to(folder).as_posix(): FileRecord(
@@ -152,7 +151,7 @@ def manifest(folder: Path, precision: str, cond: int) -> Manifest:
             "precision": precision,
             "islands": "checkpoint",
             "backends": ("fake",),
-            "graphs": {"tiny": graph(cond)},
+            "graphs": {"tiny": graph()},
             "files": records,
             "versions": {},
             "device": "cpu",
@@ -162,7 +161,7 @@ def manifest(folder: Path, precision: str, cond: int) -> Manifest:
     )
 
 
-def graph(cond: int) -> GraphRecord:
+def graph() -> GraphRecord:
     engine = FakeEngine()
     preset = Preset(name="tiny", height=64, width=96, frames=9, fps=8, text_tokens=TOKENS, steps=3)
     inputs, outputs = (
@@ -171,9 +170,8 @@ def graph(cond: int) -> GraphRecord:
     )
     return GraphRecord(
         file="dit.tiny.onnx",
-        preset=preset,
+        job=jobs_for(preset, "t2v")[0],
         batch=1,
-        num_cond_latents=cond,
         inputs=inputs,
         outputs=outputs,
         precision_proof={},

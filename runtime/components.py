@@ -1,0 +1,114 @@
+"""A bundle's working parts on one device: engines, text encoder, VAE. Opened once, shared by all.
+
+Engines are opened when they are first asked for, and share what memory their backend lets them.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+
+from lcexport.engines import Engine, open_engine
+from lcexport.engines.bundle import Bundle, GraphRecord
+from lcexport.runtime.cancel import CancelToken
+from lcexport.runtime.checks import SCHEDULER_CONFIG, check_device, check_engine, read_shift
+from lcexport.runtime.residency import Offload, Resident, check_offload
+from lcexport.runtime.text import Text, TextEncoder
+from lcexport.runtime.vae import VideoVAE
+
+
+class Components:
+    """Everything that computes. Close it.
+
+    Args:
+        text_tokens: L, the length of encoded prompts.
+        engine_options: see `lcexport.engines.open_engine`.
+
+    Raises:
+        UsageError, IncompatibleError, InputError: see `lcexport.runtime.load`.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str,
+        device: str,
+        offload: Offload,
+        text_tokens: int,
+        engine_options: Mapping[str, object] | None = None,
+    ) -> None:
+        check_offload(offload)
+        self.bundle, self.backend, self.text_tokens = bundle, backend, text_tokens
+        self.device = check_device(device)
+        self.shift = read_shift(bundle.path(SCHEDULER_CONFIG))
+        # The encoder and the VAE compute in the DiT's precision, as the released pipeline does.
+        bf16 = bundle.manifest.precision == "bf16"
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self._device_name, self._engine_options = device, engine_options
+        self._engines: dict[str, Engine] = {}
+        self.closed = False
+        self._resources = ExitStack()
+        with ExitStack() as stack:
+            make_text = partial(TextEncoder, bundle.folder, text_tokens, self.dtype)
+            self._text = Resident(make_text, self.device, offload)
+            stack.callback(self._text.close)
+            make_vae = partial(VideoVAE, bundle.folder, self.dtype)
+            self._vae = Resident(make_vae, self.device, offload)
+            stack.callback(self._vae.close)
+            self._resources = stack.pop_all()
+
+    def engine(self, graph: GraphRecord) -> Engine:
+        """The engine of a graph.
+
+        Raises:
+            IncompatibleError: the backend's library, its device or its plans are missing.
+        """
+        if graph.name not in self._engines:
+            like = next(iter(self._engines.values()), None)
+            where = self._device_name if like is None else str(like.device)
+            opened = open_engine(
+                self.backend, self.bundle, graph.name, where, like, self._engine_options
+            )
+            self._resources.enter_context(opened)
+            self.adopt(graph, opened)
+        return self._engines[graph.name]
+
+    def adopt(self, graph: GraphRecord, engine: Engine) -> None:
+        """Use an open engine for a graph; it stays its owner's to close."""
+        check_engine(engine, graph)
+        self._engines[graph.name] = engine
+
+    def encode_text(self, prompts: list[str] | Text, cancel: CancelToken) -> Text:
+        """One row per prompt. What is encoded already stays as it is."""
+        cancel.check()
+        if isinstance(prompts, Text):
+            return prompts
+        with self._text.on_device() as encoder:
+            return encoder.encode(prompts)
+
+    def encode_frames(
+        self,
+        pixels_B3FHW: torch.Tensor,
+        posterior_noise: torch.Tensor | torch.Generator,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Frames in -1..1 to latents [B, 16, T, H/8, W/8], normalised in `dtype`."""
+        with self._vae.on_device() as vae:
+            return vae.encode(pixels_B3FHW, posterior_noise, dtype)
+
+    def decode(self, latents_B16THW: torch.Tensor, cancel: CancelToken) -> list[torch.Tensor]:
+        """One [F, H, W, 3] per sample, decoded one by one."""
+        cancel.check()
+        frames = []
+        with self._vae.on_device() as vae:
+            for latents in latents_B16THW:
+                cancel.check()
+                frames.append(vae.decode(latents[None])[0])
+        return frames
+
+    def close(self) -> None:
+        """Give everything back. Harmless when called twice."""
+        self.closed = True
+        self._engines.clear()
+        self._resources.close()

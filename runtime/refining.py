@@ -1,0 +1,211 @@
+"""Refinement: a finished video again, larger and with twice its frames, from half-noised latents.
+
+Five model calls (of the fifty-step schedule, those below the threshold) and no guidance. It needs
+the refinement's LoRA in the bundle's weights. All random numbers are the request's: the original
+draws its own from torch's global generator.
+"""
+
+from typing import Literal, TypedDict
+
+import torch
+
+from lcexport.configs.errors import UsageError
+from lcexport.configs.refinement import RefineShape
+from lcexport.configs.tasks import Job, task_from
+from lcexport.engines.bundle import GraphRecord
+from lcexport.runtime.cancel import CancelToken
+from lcexport.runtime.components import Components
+from lcexport.runtime.conditioning import (
+    ImageSource,
+    Start,
+    VideoSource,
+    check_latents,
+    image_pixels,
+    video_pixels,
+)
+from lcexport.runtime.denoiser import denoise
+from lcexport.runtime.media import Pixels, resize_video
+from lcexport.runtime.refine import condition_pixels, noised, pad_stage_one, stage_one_pixels
+from lcexport.runtime.request import MAX_SEED, check_whole
+from lcexport.runtime.sampler import OnStep
+from lcexport.runtime.schedule import MAX_STEPS, refine_schedule
+from lcexport.runtime.text import Text
+from lcexport.runtime.video import Video
+
+STEPS = 50
+THRESHOLD = 0.5
+
+
+class RefineOptions(TypedDict, total=False):
+    """Keyword arguments of `refine`, which describes them."""
+
+    image: ImageSource | None
+    cond_video: VideoSource | None
+    spatial: bool
+    seed: int
+    steps: int
+    t_thresh: float
+    posterior_noise: torch.Tensor | None
+    noise: torch.Tensor | None
+    latents: torch.Tensor | None
+    cond_latents: torch.Tensor | None
+    cond_posterior_noise: torch.Tensor | None
+    on_step: OnStep | None
+    cancel: CancelToken | None
+    output: Literal["video", "latents"]
+
+
+def refine(
+    components: Components,
+    resolution: str,
+    video: VideoSource,
+    prompt: str | Text = "",
+    *,
+    image: ImageSource | None = None,
+    cond_video: VideoSource | None = None,
+    spatial: bool = False,
+    seed: int = 0,
+    steps: int = STEPS,
+    t_thresh: float = THRESHOLD,
+    posterior_noise: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    latents: torch.Tensor | None = None,
+    cond_latents: torch.Tensor | None = None,
+    cond_posterior_noise: torch.Tensor | None = None,
+    on_step: OnStep | None = None,
+    cancel: CancelToken | None = None,
+    output: Literal["video", "latents"] = "video",
+) -> Video | torch.Tensor:
+    """Refine one video. F its frames, T the padded latent frames, K the clean ones among them.
+
+    Random numbers come from the seed in this order: the VAE's sample of the video, the noise, the
+    VAE's sample of the condition.
+
+    Args:
+        video: what was generated at `resolution`: a file, uint8 [F, H, W, 3] or a `Video`.
+        image: of an image-to-video generation, its image, the first refined frame.
+        cond_video: refined frames before these; the task's last ones are used.
+        spatial: keep the number of frames; otherwise it doubles.
+        steps: of the schedule that the threshold cuts: 50 make 5 calls.
+        t_thresh: how much of the start is noise, 0..1.
+        posterior_noise: float32 [1, 16, T, H, W] in place of the seed's.
+        noise: the same, for the start.
+        latents: the start itself, half noise, normalised.
+        cond_latents: the condition's normalised latents float32 [1, 16, K, H, W].
+        cond_posterior_noise: of their shape, in place of the seed's.
+        on_step, cancel, output: as in `Pipeline.generate`.
+
+    Raises:
+        UsageError: not a video of this resolution's first stage, an argument out of range, or a
+            task that the bundle was not built for.
+        InputError: a file cannot be read.
+        VerificationError: a step left numbers that are not finite.
+    """
+    check_whole("seed", seed, 0, MAX_SEED)
+    check_whole("steps", steps, 1, MAX_STEPS)
+    if image is not None and cond_video is not None:
+        raise UsageError("an image and a video were given to go on from", do="Give one of them.")
+    graph = refinement_graph(components, resolution, image, cond_video, spatial)
+    job, shape = graph.job, refinement_of(graph.job)
+    frames = stage_one_frames(video, job)
+    plan = refine_schedule(steps, t_thresh, components.shift)
+    cancel = cancel or CancelToken()
+    draw = Draws(components, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        encoded = prompt if isinstance(prompt, Text) else [prompt]
+        text = components.encode_text(encoded, cancel)
+        if latents is None:
+            pixels = stage_one_pixels(
+                frames, (job.height, job.width), shape.new_frames, components.dtype,
+                components.device,
+            )  # fmt: skip
+            padded = pad_stage_one(pixels, shape)
+            # mixed in the VAE's precision, as the original does
+            z = draw.encoded(padded, posterior_noise, components.dtype)
+            latents = noised(z, draw.noise(noise, z), t_thresh).float()
+        check_latents("refinement's latents", latents, job.latent_shape)
+        start = Start()
+        if shape.cond_frames:
+            start = condition(job, image, cond_video, cond_latents, cond_posterior_noise, draw)
+        final = denoise(components, graph, (text, None), 1.0, start, latents, plan, on_step, cancel)
+        if output == "latents":
+            return final
+        made = components.decode(final, cancel)[0][shape.kept]
+    return Video(made, job.preset.fps * (1 if spatial else 2), {}, seed)
+
+
+class Draws:
+    """The request's random numbers, or the caller's in their place."""
+
+    def __init__(self, components: Components, generator: torch.Generator) -> None:
+        self._components, self._generator = components, generator
+
+    def encoded(
+        self,
+        pixels: torch.Tensor,
+        given: torch.Tensor | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Latents of a sample of the VAE's posterior, normalised in `dtype`."""
+        noise = self._generator if given is None else given
+        return self._components.encode_frames(pixels, noise, dtype)
+
+    def noise(self, given: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """Standard normal, of the shape and dtype of `like`, on its device."""
+        if given is not None:
+            check_latents("noise", given, tuple(like.shape[1:]))
+            return given.to(like.device, like.dtype)
+        drawn = torch.randn(like.shape, generator=self._generator, dtype=self._components.dtype)
+        return drawn.to(like.device, like.dtype)
+
+
+def refinement_graph(
+    components: Components,
+    resolution: str,
+    image: ImageSource | None,
+    cond_video: VideoSource | None,
+    spatial: bool,
+) -> GraphRecord:
+    """The graph for this kind of refinement; UsageError where the bundle has none."""
+    after = "-i2v" if image is not None else "-vc" if cond_video is not None else ""
+    task = task_from(("spatial" if spatial else "refine") + after)
+    return components.bundle.job_graph(resolution, task)
+
+
+def refinement_of(job: Job) -> RefineShape:
+    shape = job.refinement
+    assert shape is not None, f"{job.task} is a refinement"
+    return shape
+
+
+def stage_one_frames(video: VideoSource, job: Job) -> Pixels:
+    """The video's frames; UsageError where the first stage makes others."""
+    frames = video_pixels(video, None)
+    preset = job.preset
+    found, wanted = frames.shape[:3], (preset.frames, preset.height, preset.width)
+    if found != wanted:
+        raise UsageError(
+            "this is not a video of the first stage",
+            got=f"{found[0]} frames of {found[1]} x {found[2]} pixels",
+            wanted=f"{wanted[0]} frames of {wanted[1]} x {wanted[2]}",
+            do=f"Refine what was generated at {preset.name}.",
+        )
+    return frames
+
+
+def condition(
+    job: Job,
+    image: ImageSource | None,
+    cond_video: VideoSource | None,
+    latents: torch.Tensor | None,
+    posterior_noise: torch.Tensor | None,
+    draw: Draws,
+) -> Start:
+    """The clean frames in front, padded as the original pads them."""
+    channels, _, height, width = job.latent_shape
+    if latents is None:
+        given = image_pixels(image)[None] if image is not None else video_pixels(cond_video, None)  # pyright: ignore[reportArgumentType]  # one of them is there
+        pixels = resize_video(given[-job.cond_frames :], job.height, job.width)
+        latents = draw.encoded(condition_pixels(pixels, refinement_of(job)), posterior_noise)
+    check_latents("clean latents", latents, (channels, job.num_cond_latents, height, width))
+    return Start(latents)
