@@ -3,7 +3,8 @@
 Strong typing makes the network's types the engine's types, so this is where precision is known
 for certain: after TensorRT's parser, before its compiler. Checked are attention (all of it fused
 layers, none in float32), the norms and roots (float32), every rounding to a lower precision (only
-of finished sums, norms and turned pairs) and the number of each.
+of finished sums, norms and turned pairs) and the number of each. Block-sparse attention is layers
+of a function of that name, or a plugin: it has rules of its own.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ FLOATING = LOW | {"float32"}
 PRODUCTS = frozenset({"MATRIX_MULTIPLY", "CONVOLUTION", "EINSUM"})
 COUNTED = (
     "attentions",
+    "sparse_attentions",
     "products_fp32",
     "products_bulk",
     "layer_norms",
@@ -59,6 +61,7 @@ COUNTED = (
     "roundings",
 )
 NORMS = frozenset({"NORMALIZATION", "REDUCE", "UNARY"})
+SPARSE = "(BlockSparseAttention"  # in the place of a layer: a call of that function, or within it
 MOVES = frozenset({"SHUFFLE", "SLICE", "UNSQUEEZE", "SQUEEZE"})
 
 
@@ -72,6 +75,7 @@ class Expectations(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     attentions: int
+    sparse_attentions: int | None = None
     products_fp32: int | None = None
     products_bulk: int | None = None
     layer_norms: int | None = None
@@ -85,6 +89,7 @@ class Expectations(BaseModel):
         return cls(
             islands=frozenset(islands),
             attentions=proof.get("attentions_bulk", 0),
+            sparse_attentions=proof.get("sparse_attentions_bulk", 0),
             products_fp32=proof.get("products_fp32", 0),
             products_bulk=proof.get("products_bulk", 0),
             layer_norms=proof.get("layer_norms_fp32", 0),
@@ -100,6 +105,7 @@ class NetworkSummary(BaseModel):
 
     layers: int
     attentions: int
+    sparse_attentions: int = 0
     products_fp32: int
     products_bulk: int
     layer_norms: int
@@ -241,6 +247,8 @@ class NetworkCheck:
         """Apply the rule for this kind of layer, and count it."""
         if layer.kind == "CONSTANT":
             self.weights_bytes += sum(map(bytes_of, layer.outputs))
+        elif SPARSE in layer.place:
+            self.check_sparse(layer)
         elif layer.kind == "ATTENTION_INPUT":
             self.check_attention(layer)
         elif layer.kind == "SOFTMAX":
@@ -283,6 +291,15 @@ class NetworkCheck:
                 do="Build the bundle with --precision bf16.",
             )
         self.count("attentions", layer)
+
+    def check_sparse(self, layer: Layer) -> None:
+        """A layer of block-sparse attention: means and softmax float32; or all of it a plugin."""
+        if layer.kind in ("SOFTMAX", "REDUCE") and layer.dtypes & LOW:
+            self.refuse(f"{layer} is not float32", got=", ".join(sorted(layer.dtypes)))
+        if layer.kind == "PLUGIN_V3" and len(layer.dtypes) != 1:
+            self.refuse(f"{layer} mixes types", got=", ".join(sorted(layer.dtypes)))
+        if layer.kind in ("SOFTMAX", "PLUGIN_V3"):
+            self.count("sparse_attentions", layer)
 
     def check_product(self, layer: Layer, islands: frozenset[str]) -> None:
         """A product with an island's weight is float32."""

@@ -15,11 +15,14 @@ from typing import get_args
 import onnx_ir as ir
 
 from lcexport.configs.errors import BuildError, InputError, UsageError
-from lcexport.graph.precision import Signature, inferred_types
+from lcexport.graph.inference import Functions, Signature, inferred_types
+from lcexport.graph.region import call_faults, region_check
+from lcexport.graph.sparse import is_sparse
 from lcexport.graph.targets.attention import attention_reasons
 from lcexport.graph.targets.external import external_faults
 from lcexport.graph.targets.rules import (
     UNDEFINED,
+    Reasons,
     Types,
     Violation,
     node_name,
@@ -58,7 +61,7 @@ def check_graph(graph: str | Path | ir.Model, target: Target) -> list[Violation]
         return list(dict.fromkeys([*found, *call_violations(model, limits)]))
     main = ir.Function("", model.graph.name or "main", graph=model.graph, attributes=[])
     signature = tuple(described(value) for value in model.graph.inputs)
-    violations, types = body_violations(main, signature, limits, MAIN)
+    violations, types = body_violations(main, signature, limits, MAIN, model.functions)
     found.extend(violations)
     found.extend(output_violations(model.graph.outputs, types))
     return list(dict.fromkeys(found))
@@ -118,7 +121,9 @@ def call_violations(model: ir.Model, limits: Limits) -> Iterator[Violation]:
             continue
         key = (node.op_identifier(), signature)
         if key not in checked:
-            violations, checked[key] = body_violations(function, signature, limits, function.name)
+            violations, checked[key] = body_violations(
+                function, signature, limits, function.name, model.functions
+            )
             again = sum(identifier == key[0] for identifier, _ in checked) > 1
             note = f" (as {node_name(node)} calls it)" if again else ""
             for found in violations:
@@ -139,18 +144,21 @@ def signature_of(node: ir.Node, known: Types) -> Signature | None:
 
 
 def body_violations(
-    function: ir.Function, signature: Signature, limits: Limits, name: str
+    function: ir.Function, signature: Signature, limits: Limits, name: str, functions: Functions
 ) -> tuple[list[Violation], Types]:
     """Check a function given inputs of these types; also the types it has inside."""
     found = []
     types = {key: described(value) for key, value in function.graph.initializers.items()}
     try:
-        types |= inferred_types(function, signature)
+        types |= inferred_types(function, signature, functions)
     except BuildError as error:
         found.extend(inference_violations(str(error.__cause__), name))
     for node in function:
-        reasons = list(operator_reasons(node, limits))
-        if not reasons:
+        sparse = is_sparse(node) and node.op_identifier() in functions
+        reasons = list(
+            sparse_reasons(node, functions, types) if sparse else operator_reasons(node, limits)
+        )
+        if not reasons and not sparse:
             reasons.extend(type_reasons(node, types))
             reasons.extend(shape_reasons(node, types))
             for value in node.outputs:
@@ -159,6 +167,18 @@ def body_violations(
                 reasons.extend(attention_reasons(node, types))
         found.extend(Violation(node_name(node), name, rule, reason) for rule, reason in reasons)
     return found, types
+
+
+def sparse_reasons(node: ir.Node, functions: Functions, types: Types) -> Reasons:
+    """The rules of block-sparse attention: control flow and computed indices belong to it."""
+    known = [types.get(str(value.name)) for value in node.inputs if value is not None]
+    given = tuple(described for described in known if described is not None)
+    for reason in call_faults(node, functions, types):
+        yield "sparse", reason
+    if len(given) == len(node.inputs):
+        inner = functions[node.op_identifier()]
+        for name, faults in region_check(inner, given, given[0][0], functions):
+            yield from (("sparse", f"{name}: {fault}") for fault in faults)
 
 
 def inference_violations(message: str, name: str) -> Iterator[Violation]:

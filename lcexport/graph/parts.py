@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from lcexport.configs.errors import BuildError
-from lcexport.graph.segments import TensorSpec, described
+from lcexport.graph.segments import TensorSpec, called_functions, described
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def part_from(model: ir.Model, function: ir.Function, node: ir.Node) -> Part:
         ir_version=model.ir_version,
         producer_name=model.producer_name,
         producer_version=model.producer_version,
-        functions=[function.clone()],
+        functions=called_functions(model, graph),
     )
     weights = {str(f.name) for f, value in named_inputs(function, node) if value.is_initializer()}
     specs = [described(value) for value in inputs]

@@ -11,7 +11,9 @@ of each call; what the exporter wrote down is not believed. Then, per function:
 3. Products: a product with an island's weight is float32; every other product, and attention, is
    in the bulk dtype. Attention scales nothing: that was done to the queries, in float32.
 4. Weights are used as they are stored: never cast, transposed or copied.
-5. Counts: the roundings, the islands' exits and the products are as many as the model has, so
+5. Block-sparse attention is a region of its own, whose functions are checked the same way: bulk
+   in and out, the gate's means, the scores and the softmax in float32, the rest in the bulk dtype.
+6. Counts: the roundings, the islands' exits and the products are as many as the model has, so
    nothing is rounded twice and nothing that should have been checked is missing.
 """
 
@@ -19,13 +21,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import onnx
 import onnx_ir as ir
 import torch
-from onnx.shape_inference import infer_shapes
 
 from lcexport.checkpoint import is_island
 from lcexport.configs.errors import BuildError
+from lcexport.graph.inference import Functions, Signature, Types, inferred_types
+from lcexport.graph.region import call_faults, keeps_chunks, region_check
+from lcexport.graph.sparse import is_sparse
 
 FLOAT = ir.DataType.FLOAT
 BULK = {torch.float32: FLOAT, torch.bfloat16: ir.DataType.BFLOAT16}
@@ -42,7 +45,6 @@ WEIGHT_USERS = frozenset({"Gemm", "LayerNormalization", "Mul", "Reshape"})
 ISLAND_INPUTS = ("time", "cos", "sin")
 FUNCTIONS = ("Embed", "Block", "Final", "CacheEmbed", "CacheBlock", "CacheLast")
 
-Signature = tuple[tuple[ir.DataType, tuple[int, ...]], ...]
 Dtypes = Mapping[str, ir.DataType]
 
 
@@ -54,7 +56,9 @@ class Finding:
     outputs: Signature = ()
 
 
-def prove_precision(model: ir.Model, bulk: torch.dtype, *, attentions: int = 2) -> dict[str, int]:
+def prove_precision(
+    model: ir.Model, bulk: torch.dtype, *, attentions: int = 2, sparse: int = 0
+) -> dict[str, int]:
     """Check the whole graph and return what was proved, as totals over all layers.
 
     Args:
@@ -62,6 +66,7 @@ def prove_precision(model: ir.Model, bulk: torch.dtype, *, attentions: int = 2) 
         bulk: the dtype of attention and of the large products.
         attentions: attention layers per block: 2, or 3 with conditioning latents; 1 in the graph
             that makes a cache.
+        sparse: how many of these are block-sparse.
 
     Raises:
         BuildError: an operation breaks the policy; the message names function and node.
@@ -78,7 +83,8 @@ def prove_precision(model: ir.Model, bulk: torch.dtype, *, attentions: int = 2) 
         signature = tuple(known[str(value.name)] for value in node.inputs if value is not None)
         key = (node.op_type, signature)
         if key not in proved:
-            proved[key] = check_function(function, signature, BULK[bulk], attentions)
+            kinds = (attentions - sparse, sparse)
+            proved[key] = check_function(function, signature, BULK[bulk], kinds, model.functions)
         finding = proved[key]
         totals.update(finding.counts)
         totals[f"calls_of_{node.op_type.lower()}"] += 1
@@ -90,10 +96,17 @@ def prove_precision(model: ir.Model, bulk: torch.dtype, *, attentions: int = 2) 
 
 
 def check_function(
-    function: ir.Function, signature: Signature, bulk: ir.DataType, attentions: int
+    function: ir.Function,
+    signature: Signature,
+    bulk: ir.DataType,
+    attentions: tuple[int, int],
+    functions: Functions,
 ) -> Finding:
-    """Apply the five rules to one function called with inputs of these types."""
-    types = inferred_types(function, signature)
+    """Apply the rules to one function called with inputs of these types.
+
+    `attentions` says how many are wanted in a block, dense and block-sparse.
+    """
+    types = inferred_types(function, signature, functions)
     dtypes = {name: dtype for name, (dtype, _) in types.items()}
     finding = Finding(outputs=tuple(types[str(output.name)] for output in function.outputs))
     check_weights(function)
@@ -102,32 +115,28 @@ def check_function(
     for node in function:
         check_norm(function, node, dtypes, finding.counts)
         check_product(function, node, dtypes, bulk, finding.counts)
+        if is_sparse(node):
+            check_sparse(function, node, types, bulk, functions)
+            finding.counts["sparse_attentions_bulk"] += keeps_chunks(functions, node)
+            finding.counts["sparse_calls"] += 1
     for node in function:
         check_rounding(function, node, dtypes, finding.counts)
     check_counts(function, finding.counts, bulk, attentions)
+    del finding.counts["sparse_calls"]
     return finding
 
 
-def inferred_types(
-    function: ir.Function, signature: Signature
-) -> dict[str, tuple[ir.DataType, tuple[int, ...]]]:
-    """Type and shape of every value, inferred by ONNX from the inputs' alone."""
-    proto = ir.to_proto(ir.Model(function.graph, ir_version=11))
-    del proto.graph.value_info[:]
-    for value, (dtype, shape) in zip(proto.graph.input, signature, strict=True):
-        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, int(dtype), shape))
-    for value in proto.graph.output:
-        value.ClearField("type")
-    try:
-        inferred = infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True).graph
-    except onnx.shape_inference.InferenceError as error:
-        raise BuildError(f"{function.name}: its types contradict each other: {error}") from error
-    types = {}
-    for value in [*inferred.input, *inferred.value_info, *inferred.output]:
-        tensor = value.type.tensor_type
-        shape = tuple(dim.dim_value for dim in tensor.shape.dim)
-        types[value.name] = (ir.DataType(tensor.elem_type), shape)
-    return types
+def check_sparse(
+    function: ir.Function, node: ir.Node, types: Types, bulk: ir.DataType, functions: Functions
+) -> None:
+    """A call of block-sparse attention is in the bulk dtype, and its region keeps its rules."""
+    faults = list(call_faults(node, functions, types))
+    used = [types[str(value.name)] for value in node.inputs if value is not None]
+    require(not faults, f"{function.name}: {node.name}", faults)
+    require(used[0][0] == bulk, f"{function.name}: {node.name}", used[0][0])
+    inner, signature = functions[node.op_identifier()], tuple(used)
+    for name, faults in region_check(inner, signature, bulk, functions):
+        require(not faults, f"{function.name}: {node.name}: {name}", faults)
 
 
 def island_starts(function: ir.Function, dtypes: Dtypes, bulk: ir.DataType) -> list[ir.Value]:
@@ -249,7 +258,7 @@ def check_weights(function: ir.Function) -> None:
 
 
 def check_counts(
-    function: ir.Function, counts: Counter[str], bulk: ir.DataType, attentions: int
+    function: ir.Function, counts: Counter[str], bulk: ir.DataType, attentions: tuple[int, int]
 ) -> None:
     """The function holds as many islands, norms and products as the model has there."""
     expected = {
@@ -258,7 +267,8 @@ def check_counts(
         "Block": {
             "products_bulk": 11,
             "products_fp32": 1,
-            "attentions_bulk": attentions,
+            "attentions_bulk": attentions[0],
+            "sparse_calls": attentions[1],
             "layer_norms_fp32": 3,
             "rms_norms_fp32": 4,
             # two modulations, two gates, and RoPE on q and on k

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from lcexport.configs.errors import BuildError, ResourceError, UsageError
 from lcexport.engines.trt.compile import BYTES_PER_WEIGHT_BYTE, FIXED_BYTES, build_bytes
+from lcexport.graph.inference import nested_functions
 
 WHOLE = (("Embed", "Final"), ("CacheEmbed", "CacheLast"))  # first and last call of a whole graph
 
@@ -127,8 +128,7 @@ def sliced(model: ir.Model, calls: Sequence[ir.Node], index: int) -> ir.Graph:
 
 def called_functions(model: ir.Model, graph: ir.Graph) -> list[ir.Function]:
     """The functions the graph calls: copies, so that changing a segment changes no other."""
-    called = {node.op_identifier() for node in graph}
-    return [f.clone() for identifier, f in model.functions.items() if identifier in called]
+    return [f.clone() for f in nested_functions(model.functions, graph)]
 
 
 def copied(value: ir.Value) -> ir.Value:

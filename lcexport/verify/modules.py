@@ -17,6 +17,7 @@ from lcexport.configs.tasks import Job
 from lcexport.dit.model import LongCatDiT
 from lcexport.eager import dit_from_files, keys_values
 from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle
+from lcexport.graph.inference import nested_functions
 from lcexport.verify.report import Check, compared
 
 BACKEND = "onnxruntime"
@@ -108,7 +109,7 @@ def run_call(
     alone = ir.Model(
         ir.Graph(inputs, outputs, nodes=[copy], opset_imports=graph.graph.opset_imports),
         ir_version=graph.ir_version,
-        functions=[graph.functions[node.op_identifier()]],
+        functions=nested_functions(graph.functions, [node]),
     )
     session = ort.InferenceSession(
         ir.to_proto(alone).SerializeToString(), providers=["CPUExecutionProvider"]

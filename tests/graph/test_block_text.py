@@ -12,7 +12,8 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from lcexport.graph.precision import described, inferred_types
+from lcexport.graph.inference import inferred_types
+from lcexport.graph.precision import described
 
 TEXT = Path(__file__).parents[1] / "golden_text" / "block_bf16.txt"
 WRITE = "WRITE_GOLDEN_TEXT"
