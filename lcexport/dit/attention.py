@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcexport.dit.layers import Geometry, HeadNorm, rotate
+from lcexport.dit.sparse import block_sparse_attention
 
 KeyValue = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, A, tokens, D]
 
@@ -12,6 +13,16 @@ KeyValue = tuple[Tensor, Tensor]  # one layer's keys and values, each [B, A, tok
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T) v: each [B, A, tokens, D]; q is scaled already."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+
+
+def attend_frames(q: Tensor, k: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
+    """Self-attention of whole frames to whole frames, block-sparse where the geometry says so."""
+    if geometry.sparse is None or geometry.frames == 1:
+        return attend(q, k, v)
+    frames_q, frames_k = (x.shape[2] // geometry.frame_tokens for x in (q, k))
+    grid_q = (frames_q, geometry.rows, geometry.columns)
+    grid_k = (frames_k, geometry.rows, geometry.columns)
+    return block_sparse_attention(q, k, v, grid_q, grid_k, geometry.sparse)
 
 
 class Attention(nn.Module):
@@ -77,10 +88,10 @@ class SelfAttention(Attention):
         k = rotate(k, cos, sin)
         n0 = geometry.cond_tokens
         if n0 == 0:
-            out = attend(q, k, v)
+            out = attend_frames(q, k, v, geometry)
         else:
-            cond = attend(q[:, :, :n0], k[:, :, :n0], v[:, :, :n0])
-            noise = attend(q[:, :, n0:], k, v)
+            cond = attend_frames(q[:, :, :n0], k[:, :, :n0], v[:, :, :n0], geometry)
+            noise = attend_frames(q[:, :, n0:], k, v, geometry)
             out = torch.cat([cond, noise], dim=2)
         return self.to_out(self.merge(out))
 

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lcexport.dit.sparse import Sparsity
+
 NORM_EPS = 1e-6
 ROPE_BASE = 10000.0
 TIMESTEP_PERIOD = 10000.0
@@ -35,6 +37,7 @@ class Geometry:
     columns: int  # w
     num_cond_latents: int = 0  # leading clean frames among these
     cached_latents: int = 0  # clean frames before these, of which only keys and values are given
+    sparse: Sparsity | None = None  # block-sparse self-attention, where there are several frames
 
     @property
     def frame_tokens(self) -> int:

@@ -24,6 +24,7 @@ from lcexport.dit.layers import (
     rope_grid,
     timestep_frequencies,
 )
+from lcexport.dit.sparse import Sparsity
 
 
 class LongCatDiT(nn.Module):
@@ -92,6 +93,7 @@ class LongCatDiT(nn.Module):
         encoder_attention_mask: Tensor | None = None,
         num_cond_latents: int = 0,
         cache: Sequence[KeyValue] | None = None,
+        sparse: Sparsity | None = None,
     ) -> Tensor:
         """The velocity x0 - noise, float32 [B, 16, T, H, W].
 
@@ -103,11 +105,13 @@ class LongCatDiT(nn.Module):
             num_cond_latents: how many leading latent frames are clean conditioning.
             cache: what `cache` made of the clean frames before these; then none are among these.
                 One sample's serves the whole batch.
+            sparse: block-sparse self-attention instead of dense.
 
         Raises:
             UsageError: a shape the model cannot take.
         """
         geometry = self.geometry(hidden_states, timestep, num_cond_latents, cache)
+        geometry = replace(geometry, sparse=sparse)
         self.check_text(encoder_hidden_states, encoder_attention_mask, geometry.batch)
         cos, sin, frequencies = self.tables(geometry, hidden_states.device)
         x, text, time = self.embed(

@@ -17,6 +17,7 @@ from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import BuildError
 from lcexport.engines import cache_names
 from lcexport.engines.files import write_bytes
+from lcexport.graph.sparse import sparse_functions
 from lcexport.graph.trace import (
     DOMAIN,
     OPSET,
@@ -110,7 +111,10 @@ def model_of(
         ir_version=IR_VERSION,
         producer_name="lcexport",
         producer_version=producer_version,
-        functions=[part.function for part in parts],
+        functions=[
+            *(f for part in parts for f in sparse_functions(part.function)),
+            *(part.function for part in parts),
+        ],
     )
 
 

@@ -30,6 +30,7 @@ from lcexport.graph.modules import (
     fake_dit,
 )
 from lcexport.graph.passes import InputsToConstants, ParametersToInputs, clean_function
+from lcexport.graph.sparse import translation_table
 
 OPSET = 23  # the first with Attention; 26 and later are refused by TensorRT's parser
 DOMAIN = "lcexport"
@@ -151,6 +152,7 @@ def trace(
             verbose=False,
             input_names=list(inputs),
             output_names=list(outputs),
+            custom_translation_table=translation_table(),
         )
     assert program is not None, "torch.onnx.export returns a program when given no file"
     model = program.model
