@@ -3,10 +3,13 @@
 Norms, RoPE, softmax and other element-wise work are left out: at 480p they are under 0.1%.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
+from lcexport.configs import PATCH
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.tasks import Job
+from lcexport.dit.sparse import Grid, Sparsity, cuts, job_sparsity
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ def job_flops(config: DiTConfig, job: Job) -> Flops:
     """Operations of one pass of a graph over one sample."""
     if job.part == "cache":
         return cache_flops(config, job.latent_frames, job.tokens)
+    sparsity = job_sparsity(config, job)
+    if sparsity is not None:
+        _, frames, height, width = job.latent_shape
+        grid = (frames, height // PATCH, width // PATCH)
+        return sparse_flops(config, grid, job.text_tokens, sparsity, job.num_cond_latents)
     return forward_flops(
         config,
         job.latent_frames,
@@ -82,3 +90,36 @@ def job_flops(config: DiTConfig, job: Job) -> Flops:
         cond_tokens=job.num_cond_latents * job.frame_tokens,
         cached_tokens=job.cached_latents * job.frame_tokens,
     )
+
+
+def sparse_flops(
+    config: DiTConfig, grid: Grid, text_tokens: int, sparsity: Sparsity, cond_frames: int = 0
+) -> Flops:
+    """Operations of one pass with block-sparse self-attention, its gate included.
+
+    `grid` is (T, h, w) in tokens. With n of K key chunks of c tokens kept, N queries cost 4NncC;
+    the gate costs 2PKC for P query chunks. Conditioning frames attend among themselves. The
+    sparsity alone counts: what a `cdf_threshold` keeps depends on the data.
+    """
+    frames, rows, columns = grid
+    cond_tokens = cond_frames * rows * columns
+    dense = forward_flops(config, frames, math.prod(grid), text_tokens, cond_tokens=cond_tokens)
+    if frames == 1:  # dense, as in the model
+        return dense
+    noise = (frames - cond_frames, rows, columns)
+    calls = [(noise, grid)]
+    if cond_frames:
+        cond = (cond_frames, rows, columns)
+        calls.append((cond, cond))
+    operations = 0
+    for queries, keys in calls:
+        query_chunks = math.prod(cuts(queries, sparsity.chunk_q))
+        key_chunks = math.prod(cuts(keys, sparsity.chunk_k))
+        kept_tokens = sparsity.kept(key_chunks) * math.prod(sparsity.chunk_k)
+        operations += 4 * math.prod(queries) * kept_tokens + 2 * query_chunks * key_chunks
+    return replace(dense, self_attention=config.depth * operations * config.hidden_size)
+
+
+def share_saved(dense: Flops, sparse: Flops) -> float:
+    """The share of a dense pass's operations that the sparse pass leaves out."""
+    return 1 - sparse.total / dense.total
