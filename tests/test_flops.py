@@ -4,7 +4,8 @@ import pytest
 
 from lcexport.configs import preset_from
 from lcexport.configs.dit import DiTConfig
-from lcexport.flops import forward_flops
+from lcexport.dit.sparse import Sparsity
+from lcexport.flops import forward_flops, share_saved, sparse_flops
 
 
 def test_the_released_model_at_480p():
@@ -34,3 +35,26 @@ def test_a_model_small_enough_to_count():
 def test_attention_grows_with_the_square_of_the_tokens():
     small, large = (forward_flops(DiTConfig(), 1, tokens, 512) for tokens in (1000, 2000))
     assert large.self_attention == 4 * small.self_attention
+
+
+def test_a_sparse_pass_at_704x1280():
+    grid, config = (48, 44, 80), DiTConfig()
+    dense = forward_flops(config, 48, 48 * 44 * 80, 512)
+    sparse = sparse_flops(config, grid, 512, Sparsity())
+    gate = config.depth * 2 * 2640 * 2640 * config.hidden_size
+    assert sparse.self_attention == dense.self_attention // 16 + gate
+    assert sparse.linear == dense.linear
+    assert 0.7 < share_saved(dense, sparse) < 0.9
+
+
+def test_conditioning_frames_attend_among_themselves():
+    config, grid, everything = DiTConfig(), (12, 8, 8), Sparsity(0.0)
+    whole = sparse_flops(config, grid, 512, everything)
+    split = sparse_flops(config, grid, 512, everything, cond_frames=4)
+    # a third of the queries see a third of the keys
+    assert split.self_attention / whole.self_attention == pytest.approx(2 / 3 + 1 / 9)
+
+
+def test_a_single_frame_is_dense():
+    dense = forward_flops(DiTConfig(), 1, 64, 512)
+    assert sparse_flops(DiTConfig(), (1, 8, 8), 512, Sparsity()) == dense

@@ -62,7 +62,7 @@ def register_plugin(product: Product, kernel: Kernel) -> None:
 def plugin_module(product: Product) -> ModuleType:
     """`tensorrt.plugin`, where the product has it and it can take compiled kernels."""
     try:
-        plugin = importlib.import_module(f"{product.trt.__name__}.plugin")
+        plugin = importlib.import_module(f"{vars(product.trt)['__name__']}.plugin")
     except ImportError as error:
         raise no_plugins(product, str(error)) from error
     if not hasattr(plugin, "aot_impl"):

@@ -19,9 +19,9 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-import onnxscript
 import torch
 from onnx.defs import OpSchema
+from onnxscript.values import Op, Opset
 
 from lcexport.configs.errors import BuildError, UsageError
 from lcexport.dit.sparse import Sparsity, cuts
@@ -44,7 +44,7 @@ SCHEMA = OpSchema(
         OpSchema.Attribute("kept", OpSchema.AttrType.INT),
     ],
 )
-OPAQUE = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), SPARSE, SCHEMA)
+OPAQUE = Op(Opset(DOMAIN, 1), SPARSE, SCHEMA)
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:

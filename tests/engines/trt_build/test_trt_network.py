@@ -8,7 +8,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from lcexport.checkpoint import open_checkpoint, read_header
 from lcexport.configs.errors import BuildError
+from lcexport.dit import Geometry
+from lcexport.dit.sparse import Sparsity
 from lcexport.engines.trt.network import (
     COUNTED,
     Expectations,
@@ -17,7 +20,7 @@ from lcexport.engines.trt.network import (
     parse_network,
 )
 from lcexport.engines.trt.product import MessageLog, Product, builder_for, logger_for
-from lcexport.graph import prove_precision
+from lcexport.graph import GraphSpec, onnx_from_dit, prove_precision, save_graph
 
 NO_ATTENTION = Expectations(attentions=0)
 
@@ -42,6 +45,19 @@ def check_text(check, graph_from: Callable[[str], bytes], tmp_path: Path):
         return check(graph_from(text), tmp_path / "text.onnx", expectations)
 
     return run
+
+
+def test_block_sparse_attention_parses_as_its_functions(check, dit_folder, make_weights):
+    """No plugin is registered: the parser takes the function inside the function, and its Scan."""
+    sparse = Sparsity(0.5, None, (2, 2, 2), (2, 2, 2))
+    weights = make_weights("bf16")
+    spec = GraphSpec(Geometry(1, 4, 4, 6, 2, sparse), 10, torch.bfloat16)
+    config = open_checkpoint(dit_folder).config
+    path = weights.with_name("sparse-trt.onnx")
+    save_graph(onnx_from_dit(config, spec, read_header(weights).tensors, "0"), path)
+    proof = prove_precision(ir.load(path), torch.bfloat16, attentions=3, sparse=2)
+    summary = check(path.read_bytes(), path, Expectations.from_proof(proof))
+    assert summary.sparse_attentions == 2 * summary.attentions == 2 * config.depth
 
 
 @pytest.mark.parametrize(
