@@ -103,9 +103,13 @@ class Job(BaseModel):
 
     @property
     def attentions(self) -> int:
-        """Dense attention layers of a block: self-attention is two where it is split."""
-        own = 0 if self.sparse else (2 if self.num_cond_latents else 1)
-        return own + (1 if self.part == "denoise" else 0)
+        """Attention layers of a block: self-attention is two where it is split."""
+        return (2 if self.num_cond_latents else 1) + (1 if self.part == "denoise" else 0)
+
+    @property
+    def sparse_attentions(self) -> int:
+        """How many of these are block-sparse."""
+        return (2 if self.num_cond_latents else 1) if self.sparse else 0
 
     @property
     def refinement(self) -> RefineShape | None:

@@ -10,6 +10,7 @@ from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import IncompatibleError
 from lcexport.dit import LongCatDiT, dit_from_tensors
 from lcexport.dit.attention import KeyValue
+from lcexport.dit.sparse import job_sparsity
 from lcexport.engines import Engine, TensorSpec, cache_names, is_cached
 from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle, GraphRecord, TensorRecord
 from lcexport.engines.eager import EagerEngine
@@ -55,13 +56,15 @@ class DitEngine(EagerEngine):
         source: Path | None = None,
     ) -> None:
         job = record.job
+        sparse = job_sparsity(dit.config, job)
 
         def forward(inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
             if job.part == "cache":
                 return [tensor for layer in dit.cache(**inputs) for tensor in layer]
             named = {name: t for name, t in inputs.items() if not is_cached(name)}
             cache = keys_values(inputs) if job.cached_latents else None
-            return [dit(**named, num_cond_latents=job.num_cond_latents, cache=cache)]
+            clean = job.num_cond_latents
+            return [dit(**named, num_cond_latents=clean, cache=cache, sparse=sparse)]
 
         super().__init__(forward, specs_of(record.inputs), specs_of(record.outputs), device)
         self.dit, self.source = dit, source

@@ -196,7 +196,12 @@ def compile_unit(
     report: Report,
 ) -> StageOutput:
     """One plan, compiled in a process of its own and checked against the graph's proof."""
-    proof = prove_precision(unit.model, torch.bfloat16, attentions=graph.job.attentions)
+    proof = prove_precision(
+        unit.model,
+        torch.bfloat16,
+        attentions=graph.job.attentions,
+        sparse=graph.job.sparse_attentions,
+    )
     file = unit.record.file
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
     (folder / file).unlink(missing_ok=True)  # what a killed stage left under its final name

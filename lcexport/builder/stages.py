@@ -26,6 +26,7 @@ from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import BuildError
 from lcexport.configs.tasks import Job
 from lcexport.dit import Geometry
+from lcexport.dit.sparse import job_sparsity
 from lcexport.eager import DitEngine, dit_from_files
 from lcexport.engines import Engine, backend_module, open_engine
 from lcexport.engines.bundle import (
@@ -131,14 +132,17 @@ def graph_stage(job: Job, options: BuildOptions, folder: Path) -> StageOutput:
     config = DiTConfig.from_json(folder / DIT_CONFIG)
     _, frames, height, width = job.latent_shape
     clean, cached = job.num_cond_latents, job.cached_latents
-    geometry = Geometry(options.batch, frames, height // 2, width // 2, clean, cached)
+    sparse = job_sparsity(config, job)
+    geometry = Geometry(options.batch, frames, height // 2, width // 2, clean, cached, sparse)
     spec = GraphSpec(geometry, job.text_tokens, BULK[options.precision])
     assemble = onnx_from_cache if job.part == "cache" else onnx_from_dit
     model = assemble(config, spec, weights_in(folder), version("lcexport"))
     path = folder / graph_name(job)
     save_graph(model, path)
     saved = ir.load(path)
-    proof = prove_precision(saved, spec.bulk, attentions=job.attentions)
+    proof = prove_precision(
+        saved, spec.bulk, attentions=job.attentions, sparse=job.sparse_attentions
+    )
     if (layers := depth_of(saved)) != config.depth:
         raise BuildError("the graph has another depth", got=layers, wanted=config.depth)
     record = GraphRecord(

@@ -22,8 +22,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lcexport.configs.dit import BlockSparseParams
+from lcexport.configs.dit import BlockSparseParams, DiTConfig
 from lcexport.configs.errors import UsageError
+from lcexport.configs.tasks import Job
 
 Grid = tuple[int, int, int]
 # Values of gathered keys that the loop on the CPU holds at once: 64 MB in float32.
@@ -58,6 +59,15 @@ class Sparsity:
     def kept(self, key_chunks: int) -> int:
         """n, how many of so many key chunks `sparsity` keeps; 0 is possible."""
         return 0 if self.sparsity is None else int((1 - self.sparsity) * key_chunks)
+
+
+def job_sparsity(config: DiTConfig, job: Job) -> Sparsity | None:
+    """What the self-attention of a graph leaves out; None where it is dense."""
+    if not job.sparse:
+        return None
+    if config.bsa_params is None:
+        raise UsageError("the model says nothing of block-sparse attention", do="Use --dense.")
+    return Sparsity.from_params(config.bsa_params)
 
 
 def block_sparse_attention(

@@ -282,7 +282,7 @@ def check_counts(
         "CacheBlock": {
             "products_bulk": 7,
             "products_fp32": 1,
-            "attentions_bulk": attentions,
+            "attentions_bulk": attentions[0],
             "layer_norms_fp32": 2,
             "rms_norms_fp32": 2,
             "island_exits": 6,

@@ -5,6 +5,7 @@ inputs that torch's own previous modules produce, so each row is that module's o
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +16,7 @@ from torch import Tensor
 from lcexport.compare import STEP_TOLERANCE, difference
 from lcexport.configs.tasks import Job
 from lcexport.dit.model import LongCatDiT
+from lcexport.dit.sparse import job_sparsity
 from lcexport.eager import dit_from_files, keys_values
 from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle
 from lcexport.graph.inference import nested_functions
@@ -63,6 +65,7 @@ def denoise_modules(
     timestep, mask = golden["timestep"], golden["mask_cond"]
     cache = keys_values(golden) if job.cached_latents else None
     geometry = dit.geometry(latents, timestep, job.num_cond_latents, cache)
+    geometry = replace(geometry, sparse=job_sparsity(dit.config, job))
     cos, sin, frequencies = dit.tables(geometry, latents.device)
     x, text, time = dit.embed(latents, text_in, timestep, mask, frequencies)
     text_mask = dit.text_mask(mask)
