@@ -3,6 +3,7 @@
 header      the safetensors header, checked before anything else is read
 names       the one table of tensor names, original and native
 shards      one file, or shards and their index
+int8        quantised weights: names and arithmetic
 layout      which folder layout, configuration and naming; `open_checkpoint`
 checks      tensors found against tensors the configuration calls for
 components  text encoder, tokenizer, VAE and scheduler, as their loaders will read them
@@ -12,7 +13,7 @@ targets     what a written file holds: splits, joins and casts
 stream      write it; `write_native`, `write_original`
 folders     configurations and components around the weights
 compare     prove a written checkpoint against its source
-convert     whole folders, either way
+convert     whole folders, either way, or to int8
 validate    one report on everything
 """
 
@@ -22,12 +23,13 @@ from lcexport.checkpoint.components import check_components
 from lcexport.checkpoint.convert import ConvertReport, convert
 from lcexport.checkpoint.folders import copy_folder
 from lcexport.checkpoint.header import Header, TensorInfo, read_header
+from lcexport.checkpoint.int8 import dequantised, int8_names
 from lcexport.checkpoint.layout import Checkpoint, Layout, Piece, open_checkpoint
 from lcexport.checkpoint.names import Naming, expected_tensors, is_island
 from lcexport.checkpoint.reading import read_tensor
 from lcexport.checkpoint.scan import Progress, ScanReport, scan_tensors, tensors_digest
 from lcexport.checkpoint.stream import WriteReport, write_native, write_original
-from lcexport.checkpoint.targets import Bulk, Islands
+from lcexport.checkpoint.targets import Bulk, Islands, Weights
 from lcexport.checkpoint.validate import ValidationReport, validate
 
 __all__ = [
@@ -43,13 +45,16 @@ __all__ = [
     "ScanReport",
     "TensorInfo",
     "ValidationReport",
+    "Weights",
     "WriteReport",
     "check_components",
     "check_same",
     "check_tensors",
     "convert",
     "copy_folder",
+    "dequantised",
     "expected_tensors",
+    "int8_names",
     "is_island",
     "open_checkpoint",
     "problems",

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcexport.checkpoint.header import TensorInfo
-from lcexport.checkpoint.names import Naming, depth_of, expected_tensors
+from lcexport.checkpoint.int8 import DTYPES, stored_tensors
+from lcexport.checkpoint.names import Naming, depth_of
 from lcexport.checkpoint.shards import some
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import InputError
@@ -49,12 +50,13 @@ def tensor_problems(
     # A claim of a billion blocks must not cost memory, nor a line per tensor of each
     shared = min(config.depth, depth, len(tensors))
     comparable = config.model_copy(update={"depth": max(shared, 1)})
-    expected = expected_tensors(comparable, naming)
+    expected = stored_tensors(comparable, naming, tensors)
     present = {name for name in tensors if depth_of([name]) <= comparable.depth}
     found += missing_problems(folder, set(expected) - present)
     found += _extra_problems(tensors[name] for name in present - set(expected))
     found += shape_problems(expected, tensors)
-    return found + dtype_problems(tensors)
+    found += dtype_problems({name: tensors[name] for name in tensors if not _is_int8(name)})
+    return found + _int8_problems(tensors)
 
 
 def missing_problems(folder: Path, missing: set[str]) -> list[str]:
@@ -95,6 +97,21 @@ def dtype_problems(tensors: Mapping[str, TensorInfo]) -> list[str]:
         return []
     wanted = ", ".join(WEIGHT_DTYPES)
     return [f"{_tensors(len(wrong))} of an unsupported dtype: {some(wrong)}; wanted {wanted}"]
+
+
+def _is_int8(name: str) -> bool:
+    return name.endswith(tuple(DTYPES))
+
+
+def _int8_problems(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """At most one sentence on integers that are none, or scales that are no float32."""
+    wrong = [
+        f"{name} ({info.dtype}, in {info.path.name}; wanted {dtype})"
+        for name, info in tensors.items()
+        for ending, dtype in DTYPES.items()
+        if name.endswith(ending) and info.dtype != dtype
+    ]
+    return [f"{_tensors(len(wrong))} of another dtype: {some(wrong)}"] if wrong else []
 
 
 def _tensors(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Convert a whole checkpoint folder between the released layout and FastVideo's.
+"""Convert a whole checkpoint folder between the released layout and FastVideo's, or to int8.
 
 The new folder is written beside its destination under a temporary name and renamed at the end:
 the destination is complete or was never touched.
@@ -7,7 +7,7 @@ the destination is complete or was never touched.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from lcexport.checkpoint.checks import check_tensors
 from lcexport.checkpoint.compare import check_same
@@ -19,20 +19,25 @@ from lcexport.checkpoint.folders import (
     translated_config,
     write_json,
 )
+from lcexport.checkpoint.int8 import QUANTIZATION_CONFIG
 from lcexport.checkpoint.layout import Checkpoint, Layout, open_checkpoint
 from lcexport.checkpoint.names import Naming
 from lcexport.checkpoint.scan import Progress
 from lcexport.checkpoint.stream import WriteReport, write_native, write_original
-from lcexport.checkpoint.targets import Islands, check_choice
+from lcexport.checkpoint.targets import Bulk, Islands, check_choice
 from lcexport.configs.errors import ResourceError, UsageError
 from lcexport.engines.bundle import FileRecord
 from lcexport.engines.folders import check_free, new_folder
 
-DIT_FOLDER: dict[Naming, str] = {"original": "dit", "native": "transformer"}
-WEIGHTS_FILE: dict[Naming, str] = {
+To = Literal["original", "native", "int8"]
+Dtype = Literal["keep", "bf16", "fp32"]
+DIT_FOLDER: dict[To, str] = {"original": "dit", "native": "transformer", "int8": "dit"}
+WEIGHTS_FILE: dict[To, str] = {
     "original": "diffusion_pytorch_model.safetensors",
     "native": "model.safetensors",
+    "int8": "quantized_model-00001-of-00001.safetensors",
 }
+INT8_INDEX = "quantized_model.safetensors.index.json"
 LORA = "lora"
 
 
@@ -69,8 +74,8 @@ def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    to: Naming,
-    dtype: Literal["keep", "bf16"] = "keep",
+    to: To,
+    dtype: Dtype = "keep",
     islands: Islands = "checkpoint",
     check: bool = False,
     on_progress: Progress | None = None,
@@ -83,8 +88,10 @@ def convert(
     Args:
         source: the checkpoint's folder.
         destination: a new folder, or an empty one.
-        to: "native" for FastVideo's layout and names, "original" for the released one's.
-        dtype: "keep" copies the weights' bytes; "bf16" rounds all but the FP32 islands.
+        to: "native" for FastVideo's layout and names, "original" for the released one's; "int8"
+            for the released one's with every Linear but the last quantised.
+        dtype: "keep" copies the weights' bytes, int8 ones too; "bf16" rounds all but the FP32
+            islands; "fp32" rounds nothing. Of "int8" there is only one kind.
         islands: with "bf16": the islands' values as they are, or rounded as the original's.
         check: read both sides again and compare every tensor.
         on_progress: called with source bytes done and in total, first for writing, then for
@@ -101,7 +108,8 @@ def convert(
     with new_folder(destination) as folder:
         dit_folder = folder / DIT_FOLDER[to] if checkpoint.layout != "dit" else folder
         copied = _copy_components(checkpoint, folder)
-        weights = _write_dit(checkpoint, dit_folder, to, dtype, islands, on_progress)
+        bulk: Bulk = "int8" if to == "int8" else dtype
+        weights = _write_dit(checkpoint, dit_folder, to, bulk, islands, on_progress)
         layout: Layout = _layout_of(checkpoint, to)
         if layout == "fastvideo":
             write_json(folder / "model_index.json", model_index(list(checkpoint.components)))
@@ -109,22 +117,31 @@ def convert(
         if check:
             written = open_checkpoint(folder)
             checked = check_same(
-                checkpoint, written, bulk=dtype, islands=islands, on_progress=on_progress
+                checkpoint, written, bulk=bulk, islands=islands, on_progress=on_progress
             )
     final = destination / weights.path.relative_to(folder)
     size = sum(record.bytes for records in copied.values() for record in records.values())
-    return ConvertReport(destination, layout, to, weights.moved(final), list(copied), size, checked)
+    return ConvertReport(
+        destination, layout, naming_of(to), weights.moved(final), list(copied), size, checked
+    )
+
+
+def naming_of(to: To) -> Naming:
+    """The names a conversion writes."""
+    return "native" if to == "native" else "original"
 
 
 def _checked_source(
-    source: Path, destination: Path, to: str, dtype: Literal["keep", "bf16"], islands: Islands
+    source: Path, destination: Path, to: str, dtype: Dtype, islands: Islands
 ) -> Checkpoint:
     """Everything that can be refused before a byte is written."""
-    if to not in DIT_FOLDER or dtype not in ("keep", "bf16"):
+    if to not in DIT_FOLDER or dtype not in get_args(Dtype):
         raise UsageError(
             "unknown kind of conversion", got=f"to={to!r}, dtype={dtype!r}",
-            wanted="to native or original, dtype keep or bf16",
+            wanted="to native, original or int8, dtype keep, bf16 or fp32",
         )  # fmt: skip
+    if to == "int8" and dtype != "keep":
+        raise UsageError("an int8 checkpoint has no other dtype", got=f"dtype={dtype!r}")
     check_choice(dtype, islands)
     check_free(destination)
     checkpoint = open_checkpoint(source)
@@ -135,7 +152,7 @@ def _checked_source(
     return checkpoint
 
 
-def _layout_of(checkpoint: Checkpoint, to: Naming) -> Layout:
+def _layout_of(checkpoint: Checkpoint, to: To) -> Layout:
     if checkpoint.layout == "dit":
         return "dit"
     return "fastvideo" if to == "native" else "released"
@@ -144,19 +161,31 @@ def _layout_of(checkpoint: Checkpoint, to: Naming) -> Layout:
 def _write_dit(
     checkpoint: Checkpoint,
     dit_folder: Path,
-    to: Naming,
-    dtype: Literal["keep", "bf16"],
+    to: To,
+    bulk: Bulk,
     islands: Islands,
     on_progress: Progress | None,
 ) -> WriteReport:
     dit_folder.mkdir(exist_ok=True)
-    config = translated_config(checkpoint.dit_folder / "config.json", checkpoint.config, to)
+    source = checkpoint.dit_folder / "config.json"
+    config = translated_config(source, checkpoint.config, naming_of(to))
     write_json(dit_folder / "config.json", config)
     write = write_native if to == "native" else write_original
-    return write(
-        checkpoint, dit_folder / WEIGHTS_FILE[to], bulk=dtype, islands=islands,
+    written = write(
+        checkpoint, dit_folder / WEIGHTS_FILE[to], bulk=bulk, islands=islands,
         on_progress=on_progress,
     )  # fmt: skip
+    if to == "int8":
+        write_json(dit_folder / INT8_INDEX, shards_index(written))
+        write_json(dit_folder / "quantization_config.json", QUANTIZATION_CONFIG)
+    return written
+
+
+def shards_index(written: WriteReport) -> dict[str, object]:
+    """The index of a checkpoint of one shard."""
+    size = sum(info.bytes for info in written.tensors.values())
+    weight_map = dict.fromkeys(written.tensors, written.path.name)
+    return {"metadata": {"total_size": size}, "weight_map": weight_map}
 
 
 def _copy_components(checkpoint: Checkpoint, folder: Path) -> dict[str, dict[str, FileRecord]]:

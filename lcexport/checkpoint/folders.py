@@ -139,7 +139,7 @@ def _content(path: Path) -> Iterator[bytes | memoryview]:
     # The header was checked: the tensors tile the rest of the file without a gap.
     for chunk in read_chunks(map(whole, weights.tensors.values() if weights else ())):
         if len(chunk.data) and chunk.source.dtype in TORCH_DTYPES:
-            check_finite(chunk, TORCH_DTYPES[chunk.source.dtype])
+            check_finite(chunk.values(), chunk.source, TORCH_DTYPES[chunk.source.dtype])
         yield chunk.data
 
 

@@ -9,13 +9,14 @@ headers are read here; no weight is.
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from lcexport.checkpoint.checks import check_tensors
 from lcexport.checkpoint.header import TensorInfo
+from lcexport.checkpoint.int8 import int8_names
 from lcexport.checkpoint.names import Naming, name_pairs, naming_of
 from lcexport.checkpoint.shards import Weights, read_weights
 from lcexport.configs.dit import DiTConfig
@@ -36,13 +37,29 @@ HOW_TO_GET_ONE = (
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor as a byte range of a source tensor: all of it, or one third or half of its rows."""
+    """A tensor as a byte range of a source tensor: all of it, or one third or half of its rows.
+
+    A quantised one has its rows' factors beside it, the piece `scale`: its values are integers
+    times those.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     source: TensorInfo
     start: int
     end: int
+    scale: "Piece | None" = None
+
+    def split(self, count: int) -> "list[Piece]":
+        """Equal parts along the rows."""
+        shape = (self.shape[0] // count, *self.shape[1:])
+        size = (self.end - self.start) // count
+        starts = [self.start + index * size for index in range(count)]
+        scales = self.scale.split(count) if self.scale else [None] * count
+        return [
+            Piece(self.dtype, shape, self.source, start, start + size, scale)
+            for start, scale in zip(starts, scales, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -65,18 +82,21 @@ class Checkpoint:
             InputError: tensors are missing, unknown, or of another shape or dtype.
         """
         check_tensors(self)
-        if self.naming == "native":
-            infos = {n: self.tensors[n] for pair in name_pairs(self.config) for n in pair.natives}
-            return {name: whole(info) for name, info in infos.items()}
         pieces = {}
         for pair in name_pairs(self.config):
-            source = self.tensors[pair.original]
-            part_bytes = source.bytes // len(pair.natives)
-            for index, name in enumerate(pair.natives):
-                start = source.start + index * part_bytes
-                end = start + part_bytes
-                pieces[name] = Piece(source.dtype, pair.native_shape, source, start, end)
+            if self.naming == "native":
+                pieces |= {name: self.piece(name) for name in pair.natives}
+            else:
+                parts = self.piece(pair.original).split(len(pair.natives))
+                pieces |= zip(pair.natives, parts, strict=True)
         return pieces
+
+    def piece(self, name: str) -> Piece:
+        """One of `tensors` as a piece; a weight that is not there by itself is a quantised one."""
+        if name in self.tensors:
+            return whole(self.tensors[name])
+        quantised, scale = (whole(self.tensors[part]) for part in int8_names(name))
+        return replace(quantised, scale=scale)
 
 
 @dataclass

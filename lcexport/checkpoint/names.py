@@ -26,11 +26,17 @@ class Pair:
     original: str
     shape: Shape
     natives: tuple[str, ...]
+    of_linear: bool  # any Linear but the last, which no int8 checkpoint quantises
 
     @property
     def native_shape(self) -> Shape:
         """Shape of each native part."""
         return (self.shape[0] // len(self.natives), *self.shape[1:])
+
+    @property
+    def is_quantisable(self) -> bool:
+        """Whether int8 checkpoints hold it quantised."""
+        return self.of_linear and len(self.shape) == 2
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ _FINAL = (
 )
 
 _BLOCK_NAME = re.compile(r"blocks\.(\d{1,9})\.(.+)")
+_NEVER_INT8 = "final_layer.linear"
 _ISLANDS = ("time_embedder", "final_layer")
 _BLOCK_ISLANDS = ("adaln_linear_1", "norm_cross")
 
@@ -184,9 +191,11 @@ def depth_of(names: list[str]) -> int:
 
 def _pairs(prefix: str, modules: tuple[_Module, ...], config: DiTConfig) -> Iterator[Pair]:
     for module in modules:
-        for parameter, shape in module.shapes(config).items():
+        shapes = module.shapes(config)
+        of_linear = len(shapes["weight"]) == 2 and module.original != _NEVER_INT8
+        for parameter, shape in shapes.items():
             natives = tuple(f"{prefix}{native}.{parameter}" for native in module.natives)
-            yield Pair(f"{prefix}{module.original}.{parameter}", shape, natives)
+            yield Pair(f"{prefix}{module.original}.{parameter}", shape, natives, of_linear)
 
 
 def _module_of(name: str) -> str:

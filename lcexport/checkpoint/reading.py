@@ -15,21 +15,28 @@ from typing import BinaryIO
 import torch
 
 from lcexport.checkpoint.header import DTYPE_BYTES, TensorInfo
+from lcexport.checkpoint.int8 import check_scale, dequantise
 from lcexport.checkpoint.layout import Piece
 from lcexport.configs.errors import InputError
 
 CHUNK_ELEMENTS = 2 << 20  # 8 MiB of F32: large enough for the disk, small enough for any machine
 BUFFERS = 3  # one being read, one waiting, one in use
 
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH_DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Part of a piece. `data` is valid only until the next chunk is asked for."""
+    """Part of a piece, from its element `first` on.
+
+    `data` is valid only until the next chunk is asked for.
+    """
 
     piece: int
     source: TensorInfo
+    first: int
     data: memoryview
     last: bool
 
@@ -42,6 +49,7 @@ class Chunk:
 class _Part:
     piece: int
     source: TensorInfo
+    first: int
     start: int
     end: int
     last: bool
@@ -50,8 +58,10 @@ class _Part:
 def read_tensor(piece: Piece) -> torch.Tensor:
     """Read one piece into a tensor that owns its memory: `piece.shape`, the dtype of the file.
 
+    A quantised piece is read as its float32 values.
+
     Raises:
-        InputError: the dtype is none of F32, BF16, F16, or the file ended early.
+        InputError: the dtype is none of `TORCH_DTYPES`, the file ended early, or a scale is none.
     """
     if piece.dtype not in TORCH_DTYPES:
         raise InputError(f"tensor {piece.source.name!r}: unsupported dtype", got=piece.dtype)
@@ -59,14 +69,29 @@ def read_tensor(piece: Piece) -> torch.Tensor:
     flat = torch.empty(count, dtype=TORCH_DTYPES[piece.dtype])
     with _open(piece.source.path) as file:
         _fill(file, piece.start, flat.view(torch.uint8).numpy().data, piece.source)
-    return flat.reshape(piece.shape)
+    values = flat.reshape(piece.shape)
+    return values if piece.scale is None else dequantise(values, read_scale(piece.scale))
 
 
-def read_chunks(pieces: Iterable[Piece]) -> Iterator[Chunk]:
+def read_scale(piece: Piece) -> torch.Tensor:
+    """The scales of a quantised piece, float32 [rows].
+
+    Raises:
+        InputError: one is not finite or not positive; names the tensor. Or as for `read_tensor`.
+    """
+    scale = read_tensor(piece)
+    check_scale(scale, f"{piece.source.path}: tensor {piece.source.name!r}")
+    return scale
+
+
+def read_chunks(pieces: Iterable[Piece], *, whole_rows: bool = False) -> Iterator[Chunk]:
     """Yield the pieces' bytes in order, in chunks of at most CHUNK_ELEMENTS elements.
 
     Chunks are counted in elements so that the same tensor in two dtypes is cut alike. A piece
     without elements yields one empty chunk. Abandoning the iterator stops the reading thread.
+
+    Args:
+        whole_rows: cut no row of a matrix, however long; the shapes must have been checked.
 
     Raises:
         InputError: a file ended early or cannot be read.
@@ -76,7 +101,10 @@ def read_chunks(pieces: Iterable[Piece]) -> Iterator[Chunk]:
     for _ in range(BUFFERS):
         free.put(bytearray())
     thread = threading.Thread(
-        target=_read_ahead, args=(list(_parts(pieces)), free, ready), name="weights", daemon=True
+        target=_read_ahead,
+        args=(list(_parts(pieces, whole_rows)), free, ready),
+        name="weights",
+        daemon=True,
     )
     thread.start()
     try:
@@ -85,21 +113,24 @@ def read_chunks(pieces: Iterable[Piece]) -> Iterator[Chunk]:
                 raise item
             part, buffer = item
             data = memoryview(buffer)[: part.end - part.start]
-            yield Chunk(part.piece, part.source, data, part.last)
+            yield Chunk(part.piece, part.source, part.first, data, part.last)
             free.put(buffer)
     finally:
         free.put(None)
         thread.join()
 
 
-def _parts(pieces: Iterable[Piece]) -> Iterator[_Part]:
+def _parts(pieces: Iterable[Piece], whole_rows: bool) -> Iterator[_Part]:
     for index, piece in enumerate(pieces):
-        step = CHUNK_ELEMENTS * DTYPE_BYTES[piece.dtype]
-        start = piece.start
+        elements = CHUNK_ELEMENTS
+        if whole_rows and len(piece.shape) == 2 and (columns := piece.shape[1]):
+            elements = max(elements // columns, 1) * columns
+        step = elements * DTYPE_BYTES[piece.dtype]
+        start, first = piece.start, 0
         while piece.end - start > step:
-            yield _Part(index, piece.source, start, start + step, last=False)
-            start += step
-        yield _Part(index, piece.source, start, piece.end, last=True)
+            yield _Part(index, piece.source, first, start, start + step, last=False)
+            start, first = start + step, first + elements
+        yield _Part(index, piece.source, first, start, piece.end, last=True)
 
 
 def _read_ahead(parts: list[_Part], free: queue.SimpleQueue, ready: queue.SimpleQueue) -> None:

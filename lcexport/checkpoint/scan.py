@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from lcexport.checkpoint.header import TensorInfo
+from lcexport.checkpoint.int8 import DTYPES, SCALE
 from lcexport.checkpoint.layout import whole
-from lcexport.checkpoint.reading import TORCH_DTYPES, Chunk, read_chunks
+from lcexport.checkpoint.reading import TORCH_DTYPES, Chunk, read_chunks, read_scale
 from lcexport.configs.errors import InputError
 
 Progress = Callable[[int, int], None]
@@ -57,14 +58,17 @@ def is_finite(values: torch.Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
-def check_finite(chunk: Chunk, narrowest: torch.dtype) -> None:
+def check_finite(values: torch.Tensor, source: TensorInfo, narrowest: torch.dtype) -> None:
     """Require finite values that stay finite in the narrowest dtype they will pass through.
+
+    Args:
+        values: at least one element of the tensor `source`.
 
     Raises:
         InputError: NaN, infinity, or a value beyond the dtype's range; names the tensor.
     """
-    extremes = torch.stack(torch.aminmax(chunk.values()))
-    where = f"{chunk.source.path}: tensor {chunk.source.name!r}"
+    extremes = torch.stack(torch.aminmax(values))
+    where = f"{source.path}: tensor {source.name!r}"
     if not extremes.isfinite().all():
         raise InputError(
             f"{where} holds NaN or infinity", do="Download the file again, or mend the training."
@@ -74,6 +78,17 @@ def check_finite(chunk: Chunk, narrowest: torch.dtype) -> None:
             f"{where} does not fit {str(narrowest).removeprefix('torch.')}",
             got=f"values {extremes[0]:.3g}..{extremes[1]:.3g}",
         )
+
+
+def check_scales(tensors: Iterable[TensorInfo]) -> None:
+    """Read the scales among these tensors, which are small, before anything is done with them.
+
+    Raises:
+        InputError: a scale is not finite or not positive; names the tensor and the row.
+    """
+    for info in tensors:
+        if info.name.endswith(SCALE) and info.dtype == DTYPES[SCALE]:
+            read_scale(whole(info))
 
 
 @dataclass(frozen=True)

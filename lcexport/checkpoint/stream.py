@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +19,18 @@ from typing import BinaryIO, Self
 import torch
 
 from lcexport.checkpoint.header import LENGTH_BYTES, TensorInfo
-from lcexport.checkpoint.layout import Checkpoint
-from lcexport.checkpoint.reading import Chunk, read_chunks
-from lcexport.checkpoint.scan import Progress, SourceDigests, check_finite
-from lcexport.checkpoint.targets import Bulk, Islands, Target, native_targets, original_targets
+from lcexport.checkpoint.int8 import dequantise, quantise
+from lcexport.checkpoint.layout import Checkpoint, Piece, whole
+from lcexport.checkpoint.reading import Chunk, read_chunks, read_scale
+from lcexport.checkpoint.scan import Progress, SourceDigests, check_finite, check_scales
+from lcexport.checkpoint.targets import (
+    Bulk,
+    Islands,
+    Target,
+    Weights,
+    native_targets,
+    original_targets,
+)
 from lcexport.configs.errors import ResourceError
 from lcexport.engines.files import new_file
 
@@ -57,6 +66,7 @@ def write_native(
     *,
     bulk: Bulk,
     islands: Islands = "checkpoint",
+    weights: Weights = "bulk",
     scan: bool = True,
     on_progress: Progress | None = None,
 ) -> WriteReport:
@@ -66,19 +76,22 @@ def write_native(
         checkpoint: the source, of either naming.
         path: the new file.
         bulk: "keep" copies all bytes as they are; "bf16" rounds the bulk and writes the FP32
-            islands as F32; "fp32" writes everything as F32.
+            islands as F32; "fp32" writes everything as F32; "int8" quantises every Linear but the
+            last, rounds their biases to BF16 and keeps the rest, as LongCat's own code does.
         islands: beside a BF16 bulk, "checkpoint" keeps the islands' values and "original" rounds
             them to BF16 before widening, which is what the original computes with.
+        weights: "int8" quantises the bulk's Linears beside a bulk of "bf16" or "fp32"; integers
+            that the source has already are kept.
         scan: refuse NaN, infinities and values that overflow in the cast.
         on_progress: called with source bytes done and in total; it may raise to stop.
 
     Raises:
         InputError: the checkpoint is incomplete, unreadable, or fails the scan.
         ResourceError: the file exists, or the disk is full.
-        UsageError: `bulk` and `islands` contradict each other.
+        UsageError: `bulk`, `islands` and `weights` contradict each other.
     """
-    targets = native_targets(checkpoint, bulk=bulk, islands=islands)
-    return _write(targets, Path(path), _metadata(bulk, islands), scan, on_progress)
+    targets = native_targets(checkpoint, bulk=bulk, islands=islands, weights=weights)
+    return _write(checkpoint, targets, Path(path), _metadata(bulk, islands), scan, on_progress)
 
 
 def write_original(
@@ -92,7 +105,7 @@ def write_original(
 ) -> WriteReport:
     """Write the weights under original names, q/k/v joined; otherwise like `write_native`."""
     targets = original_targets(checkpoint, bulk=bulk, islands=islands)
-    return _write(targets, Path(path), _metadata(bulk, islands), scan, on_progress)
+    return _write(checkpoint, targets, Path(path), _metadata(bulk, islands), scan, on_progress)
 
 
 def _metadata(bulk: Bulk, islands: Islands) -> dict[str, str]:
@@ -100,12 +113,14 @@ def _metadata(bulk: Bulk, islands: Islands) -> dict[str, str]:
 
 
 def _write(
+    checkpoint: Checkpoint,
     targets: list[Target],
     path: Path,
     metadata: dict[str, str],
     scan: bool,
     on_progress: Progress | None,
 ) -> WriteReport:
+    check_scales(checkpoint.tensors.values())
     header, tensors = _layout(targets, path, metadata)
     size = len(header) + sum(target.bytes for target in targets)
     _check_space(path, size)
@@ -113,23 +128,73 @@ def _write(
         writer.put(header)
         digests = SourceDigests()
         total = sum(piece.end - piece.start for target in targets for piece in target.ranges)
-        owners = [target for target in targets for _ in target.ranges]
         done = 0
-        for chunk in read_chunks(piece for target in targets for piece in target.ranges):
-            target = owners[chunk.piece]
-            digests.add(chunk)
-            if scan:
-                check_finite(chunk, target.narrowest)
-            writer.put(converted(chunk, target))
-            done += len(chunk.data)
+        for _, data, read in contents(targets, digests=digests, scan=scan):
+            writer.put(data)
+            done += read
             if on_progress:
                 on_progress(done, total)
         writer.finish()
+        # what the integers were multiplied with is of the source as well
+        scales = {p.scale.source.name: p.scale for t in targets for p in t.ranges if p.scale}
+        for chunk in read_chunks(whole(scale.source) for scale in scales.values()):
+            digests.add(chunk)
         assert file.tell() == size, "the file is not as long as its header says"
     return WriteReport(
         path, size, writer.digest.hexdigest(), digests.combined(), len(tensors), tensors,
         digests.digests,
     )  # fmt: skip
+
+
+def contents(
+    targets: list[Target], *, digests: SourceDigests | None = None, scan: bool = False
+) -> Iterator[tuple[Target, memoryview, int]]:
+    """The targets' bytes in order, in memory of their own, each with the source bytes it took.
+
+    Args:
+        digests: takes the bytes of the source tensors.
+        scan: refuse NaN, infinities and values that overflow in the cast.
+    """
+    chunks = read_chunks((p for target in targets for p in target.ranges), whole_rows=True)
+    found: dict[str, list[torch.Tensor]] = {}  # the scales of what was quantised on the way
+    for target in targets:
+        if not target.ranges:
+            yield target, _raw(torch.cat(found.pop(target.name))), 0
+        for piece in target.ranges:
+            scale = None if piece.scale is None else read_scale(piece.scale)
+            for chunk in _until_last(chunks):
+                if digests:
+                    digests.add(chunk)
+                values = _values(chunk, piece, scale)
+                if scan:
+                    check_finite(values, chunk.source, target.narrowest)
+                if target.is_quantised_here:
+                    values, rows = quantise(values.view(-1, piece.shape[1]))
+                    found.setdefault(target.scales, []).append(rows)
+                else:
+                    values = target.cast(values)
+                yield target, _raw(values), len(chunk.data)
+
+
+def _until_last(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """The chunks of one piece."""
+    for chunk in chunks:
+        yield chunk
+        if chunk.last:
+            return
+
+
+def _values(chunk: Chunk, piece: Piece, scale: torch.Tensor | None) -> torch.Tensor:
+    """The chunk's elements, flat; of a quantised piece the float32 ones it stands for."""
+    if scale is None:
+        return chunk.values()
+    rows = chunk.values().view(-1, piece.shape[1])
+    first = chunk.first // piece.shape[1]
+    return dequantise(rows, scale[first : first + len(rows)]).view(-1)
+
+
+def _raw(values: torch.Tensor) -> memoryview:
+    return values.view(-1).view(torch.uint8).numpy().data
 
 
 class _Writer:
@@ -159,14 +224,6 @@ class _Writer:
     def _write(self, data: bytes | memoryview) -> None:
         self.digest.update(data)
         self.file.write(data)
-
-
-def converted(chunk: Chunk, target: Target) -> bytes | memoryview:
-    """The chunk as the target wants it, in memory of its own."""
-    if chunk.source.dtype == target.dtype and not target.through_bf16:
-        return bytes(chunk.data)
-    values = target.cast(chunk.values())
-    return values.view(torch.uint8).numpy().data
 
 
 def _layout(

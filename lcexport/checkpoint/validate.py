@@ -8,9 +8,10 @@ from pathlib import Path
 from lcexport.checkpoint.checks import tensor_problems
 from lcexport.checkpoint.components import component_errors, component_weights
 from lcexport.checkpoint.header import TensorInfo
+from lcexport.checkpoint.int8 import SCALE, stored_tensors
 from lcexport.checkpoint.layout import Layout, Survey, survey
-from lcexport.checkpoint.names import Naming, expected_tensors
-from lcexport.checkpoint.scan import Progress, ScanReport, scan_tensors
+from lcexport.checkpoint.names import Naming
+from lcexport.checkpoint.scan import Progress, ScanReport, check_scales, scan_tensors
 from lcexport.checkpoint.shards import some
 from lcexport.configs.errors import InputError
 from lcexport.engines.bundle import COMPONENTS
@@ -88,7 +89,7 @@ def validate(
         warnings=found.warnings,
         tensors_present=len(tensors),
         tensors_expected=_expected_count(found),
-        parameters=sum(info.count for info in tensors.values()),
+        parameters=sum(i.count for i in tensors.values() if not i.name.endswith(SCALE)),
         bytes=sum(info.bytes for info in tensors.values()),
         dtypes=_dtypes(tensors.values()),
         shards={path.name: path.stat().st_size for path in found.weights.files if path.is_file()},
@@ -125,6 +126,10 @@ def _scan(
                 f"NaN or infinity in {len(bad)} of the {name}'s tensors: {_placed(bad, tensors)}. "
                 "Download these files again."
             )
+    try:
+        check_scales(sets[DIT].values())
+    except InputError as error:
+        problems.append(str(error))
     return reports
 
 
@@ -151,7 +156,7 @@ def _size_problems(found: Survey) -> list[str]:
 def _expected_count(found: Survey) -> int | None:
     if not found.config or not found.naming or found.config.depth > MAX_DEPTH:
         return None
-    return len(expected_tensors(found.config, found.naming))
+    return len(stored_tensors(found.config, found.naming, found.weights.tensors))
 
 
 def _dtypes(tensors: Iterable[TensorInfo]) -> dict[str, DtypeSummary]:

@@ -37,14 +37,20 @@ def convert(
     source: Annotated[Path, typer.Argument(help="A checkpoint's folder, of any layout.")],
     destination: Annotated[Path, typer.Argument(help="The new folder.")],
     to: Annotated[
-        str, typer.Option(help="`native` (FastVideo's names and folders) or `original`.")
+        str,
+        typer.Option(
+            help="`native` (FastVideo's names and folders), `original`, or `int8` (original names, "
+            "quantised weights)."
+        ),
     ] = "native",
-    dtype: Annotated[str, typer.Option(help="`keep`, or `bf16` for the bulk.")] = "keep",
+    dtype: Annotated[
+        str, typer.Option(help="`keep`, `bf16` for the bulk, or `fp32` for everything.")
+    ] = "keep",
     islands: IslandsOption = "checkpoint",
     check: Annotated[bool, typer.Option("--check", help="Read both again and compare.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a checkpoint between the released and FastVideo's names and folders."""
+    """Convert a checkpoint between the released and FastVideo's names and folders, or to int8."""
     from lcexport.checkpoint import convert as run_convert
     from lcexport.show.checkpoint import show_conversion
     from lcexport.show.console import show_json

@@ -19,6 +19,8 @@ def load_dit(
 ) -> LongCatDiT:
     """Load the DiT of a checkpoint folder of any layout `lcexport.checkpoint` reads.
 
+    Weights that are int8 there are multiplied with their scales in float32 and rounded once.
+
     Args:
         folder: the released folder, a FastVideo folder, or a DiT folder alone.
         dtype: the bulk dtype, float32 or bfloat16. The islands' weights are float32 in both.

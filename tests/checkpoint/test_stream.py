@@ -171,7 +171,7 @@ def test_a_value_beyond_bf16_is_refused(make_dit: Make, fp32_weights: dict, tmp_
 
 @pytest.mark.parametrize(
     ("bulk", "islands"),
-    [("fp32", "original"), ("keep", "original"), ("int8", "checkpoint"), ("bf16", "none")],
+    [("fp32", "original"), ("keep", "original"), ("int4", "checkpoint"), ("bf16", "none")],
 )
 def test_contradictory_choices_are_usage_errors(
     dit_folder: Path, tmp_path: Path, bulk, islands
