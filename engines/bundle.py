@@ -32,6 +32,7 @@ ALWAYS_HASHED_BYTES = 64 << 20  # files up to this size are hashed on every open
 
 Precision = Literal["fp32", "bf16"]
 Islands = Literal["checkpoint", "original"]
+WeightsDtype = Literal["bulk", "int8"]  # of the bulk's matrices: as it computes, or with scales
 COMPONENTS = ("text_encoder", "tokenizer", "vae", "scheduler")
 
 
@@ -159,6 +160,7 @@ class Manifest(Frozen):
     source: SourceRecord
     precision: Precision
     islands: Islands
+    weights_dtype: WeightsDtype = "bulk"
     backends: tuple[str, ...]
     graphs: dict[str, GraphRecord]
     # Compiled engines by backend and resolution; ONNX Runtime and eager torch need none.

@@ -33,6 +33,10 @@ TORCH_DTYPES = {
     "tensor(bool)": torch.bool,
     "tensor(bfloat16)": torch.bfloat16,
 }
+WITHOUT_INT8 = (
+    "If it lacks DequantizeLinear of int8 to float32, build with --weights-dtype bulk, or use "
+    "another backend."
+)
 ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
@@ -142,7 +146,8 @@ def open_engine(
     """
     record = bundle.graph(resolution)
     if backend == "onnxruntime":
-        engine = OrtEngine(bundle.path(record.file), device)
+        do = {} if bundle.manifest.weights_dtype == "bulk" else {"do": WITHOUT_INT8}
+        engine = OrtEngine(bundle.path(record.file), device, **do)
     else:
         path, plans = plans_model(bundle, backend, resolution)
         built = f"{plans.product} {plans.version} for {', '.join(plans.compute_capabilities)}"

@@ -59,6 +59,7 @@ COUNTED = (
     "layer_norms",
     "rms_norms",
     "roundings",
+    "weights_int8",
 )
 NORMS = frozenset({"NORMALIZATION", "REDUCE", "UNARY"})
 SPARSE = "(BlockSparseAttention"  # in the place of a layer: a call of that function, or within it
@@ -81,6 +82,7 @@ class Expectations(BaseModel):
     layer_norms: int | None = None
     rms_norms: int | None = None
     roundings: int | None = None
+    weights_int8: int | None = None
     islands: frozenset[str] = frozenset()
 
     @classmethod
@@ -95,6 +97,7 @@ class Expectations(BaseModel):
             layer_norms=proof.get("layer_norms_fp32", 0),
             rms_norms=proof.get("rms_norms_fp32", 0),
             roundings=proof.get("roundings", 0),
+            weights_int8=proof.get("weights_int8", 0),
         )
 
 
@@ -111,6 +114,7 @@ class NetworkSummary(BaseModel):
     layer_norms: int
     rms_norms: int
     roundings: int
+    weights_int8: int
     weights_bytes: int
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
@@ -264,6 +268,8 @@ class NetworkCheck:
             self.check_power(layer)
         elif layer.kind == "CAST":
             self.check_rounding(layer)
+        elif layer.kind == "DEQUANTIZE":
+            self.check_dequantised(layer)
 
     def check_attention(self, layer: Layer) -> None:
         """One attention: fused or nothing, and in a precision that has a fused kernel."""
@@ -341,6 +347,8 @@ class NetworkCheck:
         source = self.origin(layer.inputs[0])
         if source is not None and source.kind == "CONSTANT" and self.is_one(source):
             return  # attention's scale, with which the parser multiplies whatever it is
+        if source is not None and source.kind == "DEQUANTIZE":
+            return  # a weight, not a value: see `check_dequantised`
         self.count("roundings", layer)
         if source is None or source.kind == "NORMALIZATION":
             return
@@ -360,6 +368,17 @@ class NetworkCheck:
             self.refuse(
                 f"{layer} leaves float32 too early", got=f"{dtype_of(layer.outputs[0])} of {source}"
             )
+
+    def check_dequantised(self, layer: Layer) -> None:
+        """Int8 is how weights are stored: given, and multiplied out in float32."""
+        integers, scale = layer.inputs[:2]
+        maker = self.makers.get(integers.name)
+        given = maker is None or maker.kind == "CONSTANT"
+        types = dtype_of(integers), dtype_of(scale), dtype_of(layer.outputs[0])
+        if not given or types != ("int8", "float32", "float32"):
+            got = f"{' x '.join(types[:2])} -> {types[2]}"
+            self.refuse(f"{layer} is not a stored weight multiplied out in float32", got=got)
+        self.count("weights_int8", layer)
 
     def origin(self, tensor: TensorRT.ITensor) -> Layer | None:
         """The layer that computed a tensor, looking through what only moves; None for an input."""

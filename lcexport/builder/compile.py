@@ -41,6 +41,7 @@ from lcexport.engines.trt.worker import compile_graph
 from lcexport.graph import prove_precision, save_graph
 from lcexport.graph.check import Target, check_graph
 from lcexport.graph.epcontext import wrap_plans
+from lcexport.graph.int8 import inline_for_parser
 from lcexport.graph.parts import Part, PartCall, parts_of
 from lcexport.graph.segments import (
     Segment,
@@ -207,7 +208,7 @@ def compile_unit(
     (folder / file).unlink(missing_ok=True)  # what a killed stage left under its final name
     made = compile_graph(
         backend,
-        ir.to_proto(unit.model).SerializeToString(),
+        ir.to_proto(inline_for_parser(unit.model)).SerializeToString(),
         folder / graph.file,
         folder / file,
         trt_options(backend, options),
@@ -299,7 +300,7 @@ def proposed_segments(model: ir.Model) -> int:
 
 def tensor_records(specs: Iterable[TensorSpec]) -> tuple[TensorRecord, ...]:
     """A segment's borders in torch's words."""
-    names = {"FLOAT": "float32", "BFLOAT16": "bfloat16", "BOOL": "bool"}
+    names = {"FLOAT": "float32", "BFLOAT16": "bfloat16", "BOOL": "bool", "INT8": "int8"}
     return tuple(
         TensorRecord(name=spec.name, shape=spec.shape, dtype=names[spec.dtype.name])
         for spec in specs

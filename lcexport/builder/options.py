@@ -13,7 +13,7 @@ from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import UsageError
 from lcexport.configs.tasks import COND_FRAMES, Job, Task, jobs_for, task_from
 from lcexport.engines import COMPILED, Compiled, backend_module
-from lcexport.engines.bundle import Islands, Precision
+from lcexport.engines.bundle import Islands, Precision, WeightsDtype
 from lcexport.engines.trt.options import TrtOptions
 
 BUNDLES = Path("bundles")
@@ -39,6 +39,7 @@ class BuildOptions(BaseModel):
     dense: bool = False
     precision: Precision = "fp32"
     islands: Islands = "checkpoint"
+    weights_dtype: WeightsDtype = "bulk"
     backends: tuple[str, ...] = ("onnxruntime",)
     batch: int = Field(default=1, ge=1, le=16)
     device: str = "cpu"
@@ -70,6 +71,8 @@ class BuildOptions(BaseModel):
     def _consistent_plans(self) -> None:
         """Refuse what is said of plans where there are none, or none of that kind."""
         trt = self.trt
+        if self.weights_dtype == "int8" and (trt.strip_plan or trt.refit):
+            raise ValueError("int8 weights in plans cannot be exchanged: add --weights shared")
         if self.weights == "shared":
             said = {
                 "segments": self.segments,
@@ -177,7 +180,9 @@ def options_from(
     engines = tuple(name.strip() for name in backends.split(","))
     for name in engines:
         backend_module(name)
-    output = output or default_output(model, presets, str(fields.get("precision", "fp32")))
+    label = str(fields.get("precision", "fp32"))
+    label += "-int8" if fields.get("weights_dtype") == "int8" else ""
+    output = output or default_output(model, presets, label)
     given = {"model": model, "output": output, "presets": presets, "backends": engines, **fields}
     given["tasks"] = tuple(task_from(name.strip()) for name in task.split(","))
     given["refine_size"] = refine_size and size_from(refine_size)

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lcexport.builder.options import BuildOptions, staging_folder
-from lcexport.checkpoint import Checkpoint, expected_tensors, is_island
+from lcexport.checkpoint import Checkpoint, is_island
+from lcexport.checkpoint.names import name_pairs
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import ResourceError
 from lcexport.configs.tasks import Job
@@ -70,7 +71,7 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     """Plan a build of `checkpoint`. Reads headers and file sizes only."""
     config = checkpoint.config
     jobs = options.jobs(config)
-    weights = weights_bytes(config, options.precision)
+    weights = weights_bytes(config, options.precision, options.weights_dtype)
     components = {name: tree_bytes(path) for name, path in checkpoint.components.items()}
     sizes = tuple(size_plan(config, job, options) for job in jobs)
     golden = sum(golden_bytes(config, job, options.batch) for job in jobs)
@@ -85,7 +86,8 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     largest = max(step_bytes(size) for size in sizes)
     memory = max(EXPORT_BYTES, CONVERT_BYTES)
     if options.only == "all":
-        memory = max(memory, EXPORT_BYTES + weights + largest)
+        # Eager torch, which makes the reference outputs, multiplies int8 weights out.
+        memory = max(memory, EXPORT_BYTES + weights_bytes(config, options.precision) + largest)
     if options.compiled:
         memory = max(memory, build_bytes(-(-inside // plans)))
     return Plan(
@@ -207,14 +209,17 @@ def step_bytes(size: SizePlan) -> int:
     return size.activation_bytes + size.attention_scores_bytes + size.cache_bytes
 
 
-def weights_bytes(config: DiTConfig, precision: str) -> int:
+def weights_bytes(config: DiTConfig, precision: str, weights_dtype: str = "bulk") -> int:
     """Size of the weights file without its header."""
     total = 0
-    for name, shape in expected_tensors(config, "native").items():
-        elements = 1
-        for dim in shape:
-            elements *= dim
-        total += elements * (4 if is_island(name) else ELEMENT_BYTES[precision])
+    for pair in name_pairs(config):
+        elements = math.prod(pair.shape)
+        if is_island(pair.natives[0]):
+            total += 4 * elements
+        elif weights_dtype == "int8" and pair.is_quantisable:
+            total += elements + 4 * pair.shape[0]
+        else:
+            total += ELEMENT_BYTES[precision] * elements
     return total
 
 

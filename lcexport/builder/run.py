@@ -200,6 +200,7 @@ def first_manifest(options: BuildOptions, stages: list[DoneStage]) -> Manifest:
         source=SourceRecord.model_validate(stages[0].output.facts["source"]),
         precision=options.precision,
         islands=options.islands,
+        weights_dtype=options.weights_dtype,
         backends=options.engines,
         graphs={},
         files=files,
@@ -239,7 +240,7 @@ def addable_bundle(options: BuildOptions, jobs: Iterable[Job]) -> Manifest:
     """The bundle's manifest, where graphs of these options may be added to it."""
     bundle = open_bundle(options.output)
     manifest = bundle.manifest
-    for field in ("precision", "islands"):
+    for field in ("precision", "islands", "weights_dtype"):
         if getattr(manifest, field) != getattr(options, field):
             raise UsageError(
                 f"the bundle {options.output} has another {field}",

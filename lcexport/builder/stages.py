@@ -68,6 +68,7 @@ def weights_stage(
         path,
         bulk=options.precision,
         islands=options.islands,
+        weights=options.weights_dtype,
         on_progress=on_progress,
     )
     config = folder / DIT_CONFIG

@@ -29,7 +29,7 @@ from lcexport.checkpoint.names import Naming, expected_tensors, is_island
 from lcexport.checkpoint.reading import read_tensor
 from lcexport.checkpoint.scan import Progress, ScanReport, scan_tensors, tensors_digest
 from lcexport.checkpoint.stream import WriteReport, write_native, write_original
-from lcexport.checkpoint.targets import Bulk, Islands, Weights
+from lcexport.checkpoint.targets import Bulk, Islands
 from lcexport.checkpoint.validate import ValidationReport, validate
 
 __all__ = [
@@ -45,7 +45,6 @@ __all__ = [
     "ScanReport",
     "TensorInfo",
     "ValidationReport",
-    "Weights",
     "WriteReport",
     "check_components",
     "check_same",

@@ -27,11 +27,11 @@ from lcexport.checkpoint.targets import (
     Bulk,
     Islands,
     Target,
-    Weights,
     native_targets,
     original_targets,
 )
 from lcexport.configs.errors import ResourceError
+from lcexport.engines.bundle import WeightsDtype
 from lcexport.engines.files import new_file
 
 PAGE_BYTES = 4096
@@ -66,7 +66,7 @@ def write_native(
     *,
     bulk: Bulk,
     islands: Islands = "checkpoint",
-    weights: Weights = "bulk",
+    weights: WeightsDtype = "bulk",
     scan: bool = True,
     on_progress: Progress | None = None,
 ) -> WriteReport:

@@ -20,10 +20,9 @@ from lcexport.checkpoint.layout import Checkpoint, Piece
 from lcexport.checkpoint.names import Pair, is_island, name_pairs
 from lcexport.checkpoint.reading import TORCH_DTYPES
 from lcexport.configs.errors import InputError, UsageError
+from lcexport.engines.bundle import Islands, WeightsDtype
 
 Bulk = Literal["keep", "bf16", "fp32", "int8"]
-Weights = Literal["bulk", "int8"]
-Islands = Literal["checkpoint", "original"]
 
 ALIGNMENT = 256  # bytes; what GPU runtimes want of a weight they map
 
@@ -72,7 +71,7 @@ class Target:
 
 
 def native_targets(
-    checkpoint: Checkpoint, *, bulk: Bulk, islands: Islands, weights: Weights = "bulk"
+    checkpoint: Checkpoint, *, bulk: Bulk, islands: Islands, weights: WeightsDtype = "bulk"
 ) -> list[Target]:
     """The file of native names, in writing order. The arguments are those of `write_native`.
 
@@ -106,7 +105,7 @@ def original_targets(checkpoint: Checkpoint, *, bulk: Bulk, islands: Islands) ->
     return _in_order(targets)
 
 
-def check_choice(bulk: Bulk, islands: Islands, weights: Weights = "bulk") -> None:
+def check_choice(bulk: Bulk, islands: Islands, weights: WeightsDtype = "bulk") -> None:
     """Rounded islands only make sense beside a BF16 bulk: that is what the original computes.
 
     Raises:
@@ -120,14 +119,21 @@ def check_choice(bulk: Bulk, islands: Islands, weights: Weights = "bulk") -> Non
         raise UsageError("unknown islands", got=repr(islands), wanted="checkpoint, original")
     if islands == "original" and bulk != "bf16":
         raise UsageError("islands rounded as the original's need a BF16 bulk", got=f"bulk={bulk}")
-    if weights not in get_args(Weights):
-        raise UsageError("unknown weights", got=repr(weights), wanted=", ".join(get_args(Weights)))
+    if weights not in get_args(WeightsDtype):
+        raise UsageError(
+            "unknown weights", got=repr(weights), wanted=", ".join(get_args(WeightsDtype))
+        )
     if weights == "int8" and bulk not in ("bf16", "fp32"):
         raise UsageError("int8 weights need a bulk of bf16 or fp32", got=f"bulk={bulk}")
 
 
 def _targets(
-    pair: Pair, name: str, ranges: tuple[Piece, ...], bulk: Bulk, islands: Islands, weights: Weights
+    pair: Pair,
+    name: str,
+    ranges: tuple[Piece, ...],
+    bulk: Bulk,
+    islands: Islands,
+    weights: WeightsDtype,
 ) -> Iterator[Target]:
     """What is written for `name`, which is the concatenation of `ranges`: one target, or two."""
     shape = pair.shape if name == pair.original else pair.native_shape

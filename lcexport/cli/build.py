@@ -42,6 +42,13 @@ OutputOption = Annotated[
 PrecisionOption = Annotated[
     str, typer.Option(help="fp32, or bf16 with the sensitive parts kept in fp32.")
 ]
+WeightsDtypeOption = Annotated[
+    str,
+    typer.Option(
+        help="Of the bulk's weights: `bulk` as --precision computes, or `int8` with a scale for "
+        "each row, multiplied out by the engine."
+    ),
+]
 BackendsOption = Annotated[str, typer.Option("--backend", help="Engines, separated by commas.")]
 BatchOption = Annotated[int, typer.Option(help="Samples per call of the engine.")]
 OnlyOption = Annotated[
@@ -87,6 +94,7 @@ def build(
     output: OutputOption = None,
     precision: PrecisionOption = "fp32",
     islands: IslandsOption = "checkpoint",
+    weights_dtype: WeightsDtypeOption = "bulk",
     backend: BackendsOption = "onnxruntime",
     batch: BatchOption = 1,
     device: DeviceOption = "cpu",
@@ -115,9 +123,9 @@ def build(
     options = options_from(
         model=model, res=res, task=task, cond_frames=cond_frames, refine_size=refine_size,
         dense=dense, output=output, precision=precision, islands=islands,
-        backends=backend, batch=batch, device=device, only=only, weights=weights,
-        segments=segments, targets=targets, trt=pairs(trt or ()), ep_context=ep_context,
-        add=add, resume=resume,
+        weights_dtype=weights_dtype, backends=backend, batch=batch, device=device, only=only,
+        weights=weights, segments=segments, targets=targets, trt=pairs(trt or ()),
+        ep_context=ep_context, add=add, resume=resume,
     )  # fmt: skip
     if dry_run:
         show_the_plan(options, as_json)

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lcexport.checkpoint import check_tensors, is_island, open_checkpoint, read_tensor
+from lcexport.checkpoint import check_tensors, dequantised, is_island, open_checkpoint, read_tensor
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import UsageError
 from lcexport.dit.model import LongCatDiT
 
+BULK_TENSOR = "patch_embed.proj.weight"  # is of the bulk, and never int8
 BULK_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -48,8 +49,12 @@ def load_dit(
 
 
 def dit_from_tensors(config: DiTConfig, tensors: Mapping[str, Tensor]) -> LongCatDiT:
-    """A DiT that uses `tensors` (native names) as its parameters, without copying them."""
+    """A DiT that uses `tensors` (native names) as its parameters, without copying them.
+
+    Int8 weights are multiplied out, into the dtype of the bulk.
+    """
+    tensors = dict(dequantised(tensors, tensors[BULK_TENSOR].dtype))
     with torch.device("meta"):
         model = LongCatDiT(config)
-    model.load_state_dict(dict(tensors), strict=True, assign=True)
+    model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(False).eval()

@@ -17,6 +17,7 @@ from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import BuildError
 from lcexport.engines import cache_names
 from lcexport.engines.files import write_bytes
+from lcexport.graph.int8 import has_int8, with_int8_weights
 from lcexport.graph.sparse import sparse_functions
 from lcexport.graph.trace import (
     DOMAIN,
@@ -28,7 +29,9 @@ from lcexport.graph.trace import (
 )
 
 IR_VERSION = 11  # the one that belongs to opset 23
-IR_DTYPES = {"F32": ir.DataType.FLOAT, "BF16": ir.DataType.BFLOAT16}
+IR_DTYPES = {"F32": ir.DataType.FLOAT, "BF16": ir.DataType.BFLOAT16, "I8": ir.DataType.INT8}
+Parts = tuple[Part, Part, Part]
+INT8_DTYPES = {"weight_int8": ir.DataType.INT8, "weight_scale": ir.DataType.FLOAT}
 TORCH_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.bfloat16: ir.DataType.BFLOAT16}
 
 
@@ -43,7 +46,7 @@ def onnx_from_dit(
     Raises:
         BuildError: the weights file lacks a tensor, or holds it in another dtype or shape.
     """
-    parts = trace_parts(config, spec)
+    parts = as_stored(trace_parts(config, spec), weights)
     values = initializers(weights, wanted_weights(parts, config, ""), spec)
     if left := sorted(set(weights) - set(values)):
         raise BuildError("the weights file holds tensors no graph uses", got=left[:5])
@@ -68,7 +71,7 @@ def onnx_from_cache(
     config: DiTConfig, spec: GraphSpec, weights: Mapping[str, TensorInfo], producer_version: str
 ) -> ir.Model:
     """The graph that makes the key/value cache of clean frames; otherwise as `onnx_from_dit`."""
-    parts = trace_cache_parts(config, spec)
+    parts = as_stored(trace_cache_parts(config, spec), weights)
     last_layer = f"blocks.{config.depth - 1}."
     values = initializers(weights, wanted_weights(parts, config, last_layer), spec)
     embed, block, last = parts
@@ -87,6 +90,14 @@ def onnx_from_cache(
         outputs += made
     used = parts if config.depth > 1 else (embed, last)
     return model_of(inputs, outputs, nodes, values, used, producer_version)
+
+
+def as_stored(parts: Parts, weights: Iterable[str]) -> Parts:
+    """The parts with parameters as the weights file has them: of int8 matrices, two for one."""
+    if not has_int8(weights):
+        return parts
+    first, block, last = map(with_int8_weights, parts)
+    return first, block, last
 
 
 def model_of(
@@ -170,7 +181,7 @@ def call(
 
 
 def wanted_weights(
-    parts: tuple[Part, Part, Part], config: DiTConfig, last_layer: str
+    parts: Parts, config: DiTConfig, last_layer: str
 ) -> dict[str, ir.Value]:
     """Native name -> the traced parameter, for every call.
 
@@ -196,7 +207,9 @@ def initializers(
     values = {}
     for name, value in wanted.items():
         tensor = external_tensor(weights[name]) if name in weights else None
-        dtype = ir.DataType.FLOAT if is_island(name) else TORCH_DTYPES[spec.bulk]
+        dtype = INT8_DTYPES.get(name.rpartition(".")[2]) or (
+            ir.DataType.FLOAT if is_island(name) else TORCH_DTYPES[spec.bulk]
+        )
         if tensor is None or tensor.shape != value.shape or tensor.dtype != dtype:
             raise BuildError(
                 f"the weights file does not fit the graph: {name}",

@@ -25,6 +25,7 @@ from lcexport.graph.targets.rules import (
     Reasons,
     Types,
     Violation,
+    dequantize_reasons,
     node_name,
     operator_reasons,
     shape_reasons,
@@ -165,6 +166,8 @@ def body_violations(
                 reasons.extend(value_reasons(value, types))
             if node.op_type == "Attention":
                 reasons.extend(attention_reasons(node, types))
+            if node.op_type == "DequantizeLinear":
+                reasons.extend(dequantize_reasons(node, types))
         found.extend(Violation(node_name(node), name, rule, reason) for rule, reason in reasons)
     return found, types
 

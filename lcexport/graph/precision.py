@@ -10,7 +10,8 @@ of each call; what the exporter wrote down is not believed. Then, per function:
 2. Norms: every normalisation and every root, power, mean, sine or cosine is float32 inside.
 3. Products: a product with an island's weight is float32; every other product, and attention, is
    in the bulk dtype. Attention scales nothing: that was done to the queries, in float32.
-4. Weights are used as they are stored: never cast, transposed or copied.
+4. Weights are used as they are stored: never cast, transposed or copied. Int8 ones, of which there
+   are all or none, are multiplied with their row's scale in float32, and rounded once.
 5. Block-sparse attention is a region of its own, whose functions are checked the same way: bulk
    in and out, the gate's means, the scores and the softmax in float32, the rest in the bulk dtype.
 6. Counts: the roundings, the islands' exits and the products are as many as the model has, so
@@ -18,7 +19,7 @@ of each call; what the exporter wrote down is not believed. Then, per function:
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -27,10 +28,11 @@ import torch
 from lcexport.checkpoint import is_island
 from lcexport.configs.errors import BuildError
 from lcexport.graph.inference import Functions, Signature, Types, inferred_types
+from lcexport.graph.int8_proof import check_int8
+from lcexport.graph.policy import FLOAT, full_name, require
 from lcexport.graph.region import call_faults, keeps_chunks, region_check
 from lcexport.graph.sparse import is_sparse
 
-FLOAT = ir.DataType.FLOAT
 BULK = {torch.float32: FLOAT, torch.bfloat16: ir.DataType.BFLOAT16}
 FLOATING = frozenset({FLOAT, ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
 # What may be rounded to the bulk dtype: what leaves an island, and what leaves a norm.
@@ -110,6 +112,7 @@ def check_function(
     dtypes = {name: dtype for name, (dtype, _) in types.items()}
     finding = Finding(outputs=tuple(types[str(output.name)] for output in function.outputs))
     check_weights(function)
+    check_int8(function, bulk, finding.counts)
     starts = island_starts(function, dtypes, bulk)
     finding.counts["island_exits"] = follow_islands(function, starts, dtypes)
     for node in function:
@@ -234,6 +237,8 @@ def check_rounding(
     if node.op_type != "Cast" or types[0] != FLOAT or types[1] == FLOAT:
         return
     source = origin(node.inputs[0])
+    if source is not None and source.op_type == "DequantizeLinear":
+        return  # a weight, not a value: see `check_int8`
     fit = source is None or source.op_type in ROUNDED
     require(fit, f"{function.name}: {node.name} rounds too early", source)
     counts["roundings"] += 1
@@ -329,28 +334,9 @@ def origin(value: ir.Value | None) -> ir.Node | None:
 
 
 def stored_name(value: ir.Value | None) -> str:
-    """Name of the parameter behind a Gemm's weight, looking through a Reshape."""
+    """Name of the parameter behind a Gemm's weight, looking through what `check_weights` allows."""
     assert value is not None
     node = value.producer()
-    if node is not None and node.op_type == "Reshape":
+    if node is not None and node.op_type in ("Reshape", "Cast", "DequantizeLinear"):
         return stored_name(node.inputs[0])
     return str(value.name)
-
-
-def full_name(function: ir.Function, parameter: str) -> str:
-    """Native name of a parameter; a block's are those of the first block."""
-    prefixes = {"Block": "blocks.0.", "CacheBlock": "blocks.0.", "CacheLast": "blocks.0."}
-    return {**prefixes, "Final": "final_layer."}.get(function.name, "") + parameter
-
-
-def require(holds: bool, what: str, got: object) -> None:
-    """Raise BuildError where the policy does not hold."""
-    if not holds:
-        values: Iterable[object] = got if isinstance(got, list) else [got]
-        named = (ir.DataType, ir.Node)
-        shown = ", ".join(str(v.name) if isinstance(v, named) else str(v) for v in values)
-        raise BuildError(
-            f"the graph breaks the precision policy: {what}",
-            got=shown,
-            do="This is a fault of the exporter, not of the checkpoint: please report it.",
-        )

@@ -40,6 +40,7 @@ def show_bundle(bundle: Bundle) -> None:
         f"sha256 {source.tensors_sha256[:16]}",
     )
     show_fact("precision", f"{manifest.precision}, islands {manifest.islands}")
+    show_fact("weights", manifest.weights_dtype)
     none = "none run (compiled only)" if manifest.engines else "none (exported only)"
     show_fact("backends", ", ".join(manifest.backends) or none)
     show_fact("versions", listed(manifest.versions))

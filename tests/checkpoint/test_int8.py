@@ -199,7 +199,7 @@ def test_through_float32_and_back_integers_stay_and_scales_move_by_one_rounding(
         assert np.array_equal(back[name].numpy(), again), name
         assert (np.abs(again - scale) <= np.spacing(scale)).all()
         same, rows = same + int((again == scale).sum()), rows + len(scale)
-    assert 0.99 * rows < same <= rows
+    assert 0.95 * rows < same <= rows
 
 
 def test_the_report_says_int8_and_is_ok(int8_folder: Path, fp32_weights: dict) -> None:

@@ -14,10 +14,12 @@ from lcexport.graph.targets.tables import (
     MAX_VOLUME,
     OPERATORS,
     SAME_TYPES,
+    STORED,
     Limits,
 )
 
 INT64, UNDEFINED = ir.DataType.INT64, ir.DataType.UNDEFINED
+FLOAT = ir.DataType.FLOAT
 Types = Mapping[str, tuple[ir.DataType, tuple[int, ...]]]
 Reasons = Iterator[tuple[str, str]]  # (rule, reason)
 
@@ -74,7 +76,7 @@ def type_reasons(node: ir.Node, types: Types) -> Reasons:
     data = node.inputs[index] if index < len(node.inputs) else None
     found = type_of(data, types)
     allowed = OPERATORS.get(node.op_type, frozenset())
-    if found is not None and found in DATA and found not in allowed:
+    if found is not None and found in DATA | STORED and found not in allowed:
         yield "type", f"{node.op_type} does not take {found.name}"
     if node.op_type in SAME_TYPES:
         used = {t for value in node.inputs if (t := type_of(value, types)) is not None}
@@ -106,7 +108,7 @@ def value_reasons(value: ir.Value, types: Types) -> Reasons:
         return
     if dtype == INT64 and not is_constant(value):
         yield "int64", f"{value.name} is computed int64: sizes and axes must be constants"
-    elif dtype not in DATA and dtype != INT64:
+    elif dtype not in DATA and dtype != INT64 and not (dtype in STORED and is_given(value)):
         yield "type", f"{value.name} is {dtype.name}"
     if any(size < 1 for size in shape):
         yield "static", f"{value.name} has a dimension that is empty or not known: {list(shape)}"
@@ -114,6 +116,27 @@ def value_reasons(value: ir.Value, types: Types) -> Reasons:
         yield "shape", f"{value.name} has rank {len(shape)}; {MAX_RANK} is the most"
     if math.prod(shape) >= MAX_VOLUME:
         yield "volume", f"{value.name} {list(shape)} has 2^31 elements or more"
+
+
+def dequantize_reasons(node: ir.Node, types: Types) -> Reasons:
+    """Weights are given as integers of one scale a row; the result has the scales' type."""
+    data, scale = (shape_of(value, types) for value in node.inputs[:2])
+    if len(node.inputs) > 2:
+        yield "int8", "has zero points: weights are symmetric"
+    if more := set(node.attributes) - {"axis"}:
+        yield "int8", f"sets {', '.join(sorted(more))}"
+    if node.inputs[0] is not None and not is_given(node.inputs[0]):
+        yield "int8", "multiplies out what was computed: only weights are int8"
+    rows = data is not None and len(data) == 2 and scale == data[:1]
+    if data is not None and not (rows and node.attributes.get_int("axis", 1) == 0):
+        yield "int8", f"scales {list(scale or ())} are not one for each row of {list(data)}"
+    if type_of(node.inputs[1], types) not in (None, FLOAT):
+        yield "int8", "the scales are not float32"
+
+
+def is_given(value: ir.Value) -> bool:
+    """Whether nothing computes the value: an input, an initialiser."""
+    return value.producer() is None
 
 
 def is_constant(value: ir.Value) -> bool:

@@ -18,6 +18,7 @@ FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.BFLOAT16, ir.DataType.FLOAT16
 NUMBERS = FLOATS | {ir.DataType.INT32}
 BOOLS = frozenset({ir.DataType.BOOL})
 DATA = NUMBERS | BOOLS
+STORED = frozenset({ir.DataType.INT8})  # of weights alone: nothing computes with it
 WIDE_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16})
 
 MAX_RANK = 8
@@ -68,6 +69,7 @@ OPERATORS: dict[str, frozenset[ir.DataType]] = {
     **operators("Einsum", WIDE_FLOATS),
     **operators("LayerNormalization RMSNormalization", FLOATS),
     **operators("RotaryEmbedding", FLOATS),
+    **operators("DequantizeLinear", STORED),
     # Parsed in float32 as well; the rules of attention say why it may not be.
     **operators("Attention", FLOATS),
 }
