@@ -27,6 +27,7 @@ from lcexport.engines.trt.reader import PlanFile
 from lcexport.engines.trt.runtime import TrtEngine
 from lcexport.engines.trt.worker import compile_graph
 from lcexport.graph import prove_precision
+from lcexport.graph.int8 import inline_for_parser
 from lcexport.graph.segments import Segment, segment_graph
 from lcexport.qualify.subject import Subject
 
@@ -102,7 +103,7 @@ def compiled(subject: Subject, model: ir.Model, folder: Path) -> Iterator[PlanFi
         path = folder / f"{segment.index:02d}.plan"
         compile_graph(
             product,
-            ir.to_proto(segment.model).SerializeToString(),
+            ir.to_proto(inline_for_parser(segment.model)).SerializeToString(),
             graph,
             path,
             options,

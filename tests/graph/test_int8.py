@@ -1,4 +1,4 @@
-"""Int8 weights in a graph: the numbers of eager torch, integers to the end, and a proof that bites."""
+"""Int8 weights in a graph: eager torch's numbers, integers to the end, and a proof that bites."""
 
 from collections import Counter
 from collections.abc import Callable
