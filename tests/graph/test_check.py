@@ -232,7 +232,7 @@ STRICTER = {
         "sizes must be known when the graph is built",
     ),
     "int64 input": (text(ADD, "int64[4] x", "int64[4]"), "computed int64", "the same"),
-    "int8": (text(ADD, "int8[4] x", "int8[4]"), "x is INT8", "quantised graphs are not exported"),
+    "int8": (text(ADD, "int8[4] x", "int8[4]"), "Add does not take INT8", "weights alone are int8"),
     "uint8": (text("y = Cast<to = 1>(x)", "uint8[4] x", "float[4]"), "UINT8", "only to be cast"),
     "mixed power": (
         mixed("Pow(x, z)", output="bfloat16[4,4]"),
