@@ -15,7 +15,7 @@ one function for each kind of call (with conditioning latents a block has two).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import onnx_ir as ir
@@ -72,7 +72,8 @@ def opaque_node(
         )
     kept = Sparsity(sparsity).kept(math.prod(cuts(grid_k, chunk_k)))
     sizes = map(list, (grid_q, grid_k, chunk_q, chunk_k))
-    return OPAQUE(q, k, v, kept=kept, **dict(zip(SIZES, sizes, strict=True)))
+    made = OPAQUE(q, k, v, kept=kept, **dict(zip(SIZES, sizes, strict=True)))
+    return cast("ir.Value", made)
 
 
 @dataclass(frozen=True)

@@ -261,9 +261,10 @@ def test_the_kernel_in_tritons_interpreter(golden, tmp_path: Path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     made = load_file(tmp_path / "made")
-    for name, (q, *rest) in cases.items():
-        out = from_chunks(made[name], q.shape, rest[2], rest[4].chunk_q)
-        torch.testing.assert_close(out, dense_reference(q, *rest), atol=2e-5, rtol=0)
+    for name, (q, k, v, grid_q, grid_k, sparsity) in cases.items():
+        out = from_chunks(made[name], q.shape, grid_q, sparsity.chunk_q)
+        wanted = dense_reference(q, k, v, grid_q, grid_k, sparsity)
+        torch.testing.assert_close(out, wanted, atol=2e-5, rtol=0)
         if name in CASES:
             torch.testing.assert_close(out, case_of(golden, name)[1], atol=2e-5, rtol=0)
 
