@@ -6,6 +6,8 @@
     transformer/config.json    the DiT's configuration
     text_encoder/ tokenizer/ vae/ scheduler/   as in the checkpoint
     golden/<graph>.safetensors                 inputs and reference outputs for `verify`
+    lora/base/                 where LoRAs were baked in: what they replaced, to go back to
+    lora/next/                 a change decided and not finished: no reader opens such a bundle
 
 A graph's name is its resolution's, followed by the task where that is not text-to-video: `480p`,
 `480p.i2v`, `480p.vc.cache`.
@@ -28,6 +30,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "dit.safetensors"
 DIT_CONFIG = "transformer/config.json"
+LORA_BASE = "lora/base"
+UNFINISHED = "lora/next"
 ALWAYS_HASHED_BYTES = 64 << 20  # files up to this size are hashed on every opening
 
 Precision = Literal["fp32", "bf16"]
@@ -133,6 +137,12 @@ class EngineRecord(Frozen):
     verified: bool
     ep_context: str | None = None
 
+    @property
+    def takes_weights(self) -> bool:
+        """Whether the engine has the bundle's weights when it is opened, or can be given them."""
+        exchanged = self.options.get("strip_plan") or self.options.get("refit")
+        return bool(self.calls or exchanged) and self.ep_context is None
+
 
 class StageRecord(Frozen):
     """What one stage of the build cost."""
@@ -149,6 +159,17 @@ class SourceRecord(Frozen):
     dtype: str
     tensors: int
     tensors_sha256: str
+
+
+class LoraRecord(Frozen):
+    """A LoRA in the bundle's weights. Baked into the finished bundle it can be removed again;
+    otherwise it went in when the weights were first written.
+    """
+
+    name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    strength: float = Field(allow_inf_nan=False)
+    baked: bool = False
 
 
 class Manifest(Frozen):
@@ -170,6 +191,12 @@ class Manifest(Frozen):
     device: str
     effective: dict[str, object]
     stages: tuple[StageRecord, ...]
+    loras: tuple[LoraRecord, ...] = ()
+
+    @property
+    def baked(self) -> bool:
+        """Whether the weights are not the ones the bundle was built with."""
+        return any(record.baked for record in self.loras)
 
     @property
     def default_backend(self) -> str:
@@ -243,8 +270,27 @@ def open_bundle(folder: str | Path, *, every_hash: bool = False) -> Bundle:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Parse and validate `manifest.json`; no other file is touched."""
-    path = folder / MANIFEST
+    """Parse and validate `manifest.json`; no other file is touched.
+
+    Raises:
+        IntegrityError: there is none, it is damaged, or the files are between two states.
+        IncompatibleError: it has another schema version.
+    """
+    if (folder / UNFINISHED).exists():
+        raise IntegrityError(
+            f"the weights of {folder} are being exchanged, or were when that was interrupted",
+            do="Run `lcexport lora bake` or `lora remove` again: it finishes what was begun.",
+        )
+    return parse_manifest(folder / MANIFEST)
+
+
+def manifest_json(manifest: Manifest) -> bytes:
+    """The text of `manifest.json`."""
+    return (manifest.model_dump_json(indent=1) + "\n").encode()
+
+
+def parse_manifest(path: Path) -> Manifest:
+    """A manifest of its file; see `read_manifest`."""
     if not path.is_file():
         raise IntegrityError(
             "not a bundle",

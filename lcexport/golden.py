@@ -139,6 +139,8 @@ def read_golden(bundle: Bundle, graph: str) -> dict[str, torch.Tensor]:
     if record.golden is None:
         raise InputError(
             f"the bundle {bundle.folder} has no golden data for {graph}",
-            do="It was built with --only export; build it without.",
+            do="LoRAs were baked in with --no-golden: bake them without."
+            if bundle.manifest.baked
+            else "It was built with --only export; build it without.",
         )
     return load_file(bundle.path(record.golden)) | golden_cache(record.inputs)

@@ -129,7 +129,8 @@ def engine_from(
         }
         if lacking := sorted(wanted - set(weights.tensors)):
             raise IntegrityError("the weights file lacks weights of the engine", got=lacking[:5])
-    elif record.options["strip_plan"]:
+    elif record.options["strip_plan"] or (bundle.manifest.baked and record.options["refit"]):
+        # Others hold the bundle's weights; these hold none, or those from before the LoRAs.
         options = replace(options, weights=load_file(bundle.path(WEIGHTS)))
     return open_plans(
         product,

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, Self
 
@@ -15,6 +15,7 @@ from lcexport.configs.tasks import COND_FRAMES, Job, Task, jobs_for, task_from
 from lcexport.engines import COMPILED, Compiled, backend_module
 from lcexport.engines.bundle import Islands, Precision, WeightsDtype
 from lcexport.engines.trt.options import TrtOptions
+from lcexport.lora import LoraChoice, choice_from
 
 BUNDLES = Path("bundles")
 DEFAULT_MODEL = Path("weights/LongCat-Video")
@@ -48,6 +49,7 @@ class BuildOptions(BaseModel):
     segments: int = Field(default=0, ge=0, le=1000)  # 0: as few as the memory allows
     trt: TrtOptions = TrtOptions()
     ep_context: bool = False
+    loras: tuple[LoraChoice, ...] = ()
     add: bool = False
     resume: bool = False
 
@@ -62,6 +64,8 @@ class BuildOptions(BaseModel):
             raise ValueError(f"a task is named twice: {', '.join(self.tasks)}")
         if self.add and self.resume:
             raise ValueError("an addition takes seconds: run --add again, without --resume")
+        if self.add and self.loras:
+            raise ValueError("--lora is for new weights: `lcexport lora bake` changes a bundle's")
         for backend in self.backends:
             backend_module(backend)
         self._consistent_plans()
@@ -106,8 +110,11 @@ class BuildOptions(BaseModel):
                 )
 
     def fingerprint(self) -> dict[str, object]:
-        """What must be equal for a build to be resumed: everything but `resume` itself."""
-        return self.model_dump(mode="json", exclude={"resume"})
+        """What must be equal for a build to be resumed: everything but `resume` itself.
+
+        And but the LoRAs, which are told apart by their digests, not here.
+        """
+        return self.model_dump(mode="json", exclude={"resume", "loras"})
 
     def jobs(self, config: DiTConfig) -> tuple[Job, ...]:
         """The graphs to build for a model of this configuration.
@@ -148,7 +155,9 @@ class BuildOptions(BaseModel):
 
     def effective(self) -> dict[str, object]:
         """What the manifest records: everything but where this machine keeps its folders."""
-        places = {"resume": True, "add": True, "output": True, "trt": {"timing_cache"}}
+        places = {
+            "resume": True, "add": True, "output": True, "loras": True, "trt": {"timing_cache"},
+        }  # fmt: skip
         own = self.model_dump(mode="json", exclude=places)
         return {**own, "model": self.model.name}
 
@@ -163,6 +172,7 @@ def options_from(
     backends: str = "onnxruntime",
     targets: str | None = None,
     trt: Mapping[str, str] | None = None,
+    loras: Iterable[str] = (),
     **fields: object,
 ) -> BuildOptions:
     """Options from the command line's words.
@@ -171,9 +181,11 @@ def options_from(
         res, task, backends, targets: separated by commas.
         refine_size: HEIGHTxWIDTH of refined videos.
         trt: fields of `TrtOptions`; `targets` are its compute capabilities.
+        loras: files, or names in the checkpoint's `lora/`, each perhaps with `:strength`.
 
     Raises:
         UsageError: an unknown resolution, backend or value, or options that contradict.
+        InputError: no such LoRA.
     """
     model = model or default_model()
     presets = tuple(preset_from(name.strip()) for name in res.split(","))
@@ -187,6 +199,7 @@ def options_from(
     given["tasks"] = tuple(task_from(name.strip()) for name in task.split(","))
     given["refine_size"] = refine_size and size_from(refine_size)
     given["trt"] = trt_fields(trt or {}, targets)
+    given["loras"] = tuple(choice_from(word, model / "lora") for word in loras)
     try:
         return BuildOptions.model_validate(given)
     except ValidationError as error:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from lcexport.builder.compile import (
     compile_engine,
     context_name,
@@ -36,12 +38,14 @@ from lcexport.engines.bundle import (
     Bundle,
     FileRecord,
     GraphRecord,
+    LoraRecord,
     Manifest,
     SourceRecord,
     open_bundle,
 )
 from lcexport.engines.host import release
 from lcexport.graph.segments import require_segments
+from lcexport.lora import open_merge
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +78,9 @@ def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bu
         "source": source_identity(checkpoint),
         "versions": versions(options.backends),
     }
+    if options.loras:
+        merge = open_merge(options.loras, checkpoint.config)
+        fingerprint["loras"] = [record.model_dump() for record in merge.records]
     with NewBundle(options.output, fingerprint, resume=options.resume) as place:
         place.publish(run_stages(place, checkpoint, options, None, report))
     return open_bundle(options.output)
@@ -194,6 +201,7 @@ def first_manifest(options: BuildOptions, stages: list[DoneStage]) -> Manifest:
     files: dict[str, FileRecord] = {}
     for done in stages:
         files |= done.output.files
+    loras = stages[0].output.facts.get("loras", [])
     return Manifest(
         name=options.output.name,
         created=now(),
@@ -206,7 +214,8 @@ def first_manifest(options: BuildOptions, stages: list[DoneStage]) -> Manifest:
         files=files,
         versions=versions(options.backends),
         device=options.device,
-        effective=options.effective(),
+        effective={**options.effective(), "loras": loras},
+        loras=TypeAdapter(tuple[LoraRecord, ...]).validate_python(loras),
         stages=tuple(done.record for done in stages),
     )
 
@@ -247,6 +256,11 @@ def addable_bundle(options: BuildOptions, jobs: Iterable[Job]) -> Manifest:
                 got=getattr(options, field),
                 wanted=getattr(manifest, field),
             )
+    if manifest.baked and options.compiled and options.weights == "inside":
+        raise UsageError(
+            f"LoRAs are baked into {options.output}, and plans with weights inside would keep them",
+            do="`lcexport lora remove` first, or --weights shared.",
+        )
     for job in jobs:
         if job.name in manifest.graphs:
             raise UsageError(f"the bundle {options.output} has {job.name} already")

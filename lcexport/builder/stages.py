@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from lcexport.checkpoint import (
     TensorInfo,
     check_tensors,
     copy_folder,
+    native_checkpoint,
     open_checkpoint,
     read_header,
     write_native,
@@ -53,6 +55,7 @@ from lcexport.graph import (
     save_graph,
 )
 from lcexport.graph.segments import depth_of
+from lcexport.lora import open_merge, shares_of
 
 BULK = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Progress = Callable[[int, int], None]
@@ -63,12 +66,14 @@ def weights_stage(
 ) -> StageOutput:
     """The one weights file: native names, aligned, in the bundle's precision; and the config."""
     path = folder / WEIGHTS
+    merge = open_merge(options.loras, checkpoint.config)
     report = write_native(
         checkpoint,
         path,
         bulk=options.precision,
         islands=options.islands,
         weights=options.weights_dtype,
+        deltas=merge,
         on_progress=on_progress,
     )
     config = folder / DIT_CONFIG
@@ -84,7 +89,8 @@ def weights_stage(
         WEIGHTS: FileRecord(bytes=report.bytes, sha256=report.sha256),
         DIT_CONFIG: file_record(config),
     }
-    return StageOutput(files=files, facts={"source": source.model_dump()})
+    loras = [record.model_dump() for record in merge.records]
+    return StageOutput(files=files, facts={"source": source.model_dump(), "loras": loras})
 
 
 def components_stage(checkpoint: Checkpoint, folder: Path) -> StageOutput:
@@ -109,23 +115,16 @@ def open_source(options: BuildOptions) -> Checkpoint:
     """
     checkpoint = open_added(options.output) if options.add else open_checkpoint(options.model)
     check_tensors(checkpoint)
+    shares_of(options.loras, checkpoint.config)  # do the LoRAs fit? Their values come later
     return checkpoint
 
 
 def open_added(folder: Path) -> Checkpoint:
     """The weights, configuration and components of a bundle, as a checkpoint."""
     bundle = open_bundle(folder)
-    config, weights = bundle.path(DIT_CONFIG), bundle.path(WEIGHTS)
-    return Checkpoint(
-        folder=folder,
-        layout="fastvideo",
-        naming="native",
-        config=DiTConfig.from_json(config),
-        dit_folder=config.parent,
-        files=[weights],
-        tensors=read_header(weights).tensors,
-        components={name: folder / name for name in COMPONENTS if (folder / name).is_dir()},
-    )
+    components = {name: folder / name for name in COMPONENTS if (folder / name).is_dir()}
+    found = native_checkpoint(bundle.path(DIT_CONFIG), bundle.path(WEIGHTS))
+    return replace(found, components=components)
 
 
 def graph_stage(job: Job, options: BuildOptions, folder: Path) -> StageOutput:

@@ -22,7 +22,13 @@ from lcexport.configs.errors import (
     ResourceError,
     UsageError,
 )
-from lcexport.engines.bundle import MANIFEST, FileRecord, Manifest, StageRecord
+from lcexport.engines.bundle import (
+    MANIFEST,
+    FileRecord,
+    Manifest,
+    StageRecord,
+    manifest_json,
+)
 from lcexport.engines.files import resource_errors, sync_folder, write_bytes
 from lcexport.engines.folders import FolderLock
 from lcexport.engines.host import peak_rss_bytes, reset_peak_rss
@@ -249,7 +255,3 @@ def refuse_occupied(output: Path) -> None:
             got=output,
             do="Name another with -o, or use --add to add a resolution to a bundle.",
         )
-
-
-def manifest_json(manifest: Manifest) -> bytes:
-    return (manifest.model_dump_json(indent=1) + "\n").encode()

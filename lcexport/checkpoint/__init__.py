@@ -24,11 +24,17 @@ from lcexport.checkpoint.convert import ConvertReport, convert
 from lcexport.checkpoint.folders import copy_folder
 from lcexport.checkpoint.header import Header, TensorInfo, read_header
 from lcexport.checkpoint.int8 import dequantised, int8_names
-from lcexport.checkpoint.layout import Checkpoint, Layout, Piece, open_checkpoint
+from lcexport.checkpoint.layout import (
+    Checkpoint,
+    Layout,
+    Piece,
+    native_checkpoint,
+    open_checkpoint,
+)
 from lcexport.checkpoint.names import Naming, expected_tensors, is_island
 from lcexport.checkpoint.reading import read_tensor
 from lcexport.checkpoint.scan import Progress, ScanReport, scan_tensors, tensors_digest
-from lcexport.checkpoint.stream import WriteReport, write_native, write_original
+from lcexport.checkpoint.stream import Deltas, WriteReport, write_native, write_original
 from lcexport.checkpoint.targets import Bulk, Islands
 from lcexport.checkpoint.validate import ValidationReport, validate
 
@@ -36,6 +42,7 @@ __all__ = [
     "Bulk",
     "Checkpoint",
     "ConvertReport",
+    "Deltas",
     "Header",
     "Islands",
     "Layout",
@@ -55,6 +62,7 @@ __all__ = [
     "expected_tensors",
     "int8_names",
     "is_island",
+    "native_checkpoint",
     "open_checkpoint",
     "problems",
     "read_header",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from lcexport.checkpoint.checks import check_tensors
-from lcexport.checkpoint.header import TensorInfo
+from lcexport.checkpoint.header import TensorInfo, read_header
 from lcexport.checkpoint.int8 import int8_names
 from lcexport.checkpoint.names import Naming, name_pairs, naming_of
 from lcexport.checkpoint.shards import Weights, read_weights
@@ -120,6 +120,24 @@ class Survey:
 def whole(info: TensorInfo) -> Piece:
     """The piece that is a whole tensor."""
     return Piece(info.dtype, info.shape, info, info.start, info.end)
+
+
+def native_checkpoint(config: Path, weights: Path) -> Checkpoint:
+    """The DiT of a configuration and one weights file of native names, as a bundle holds them.
+
+    Raises:
+        InputError: the configuration or the weights' header is unusable.
+    """
+    return Checkpoint(
+        folder=weights.parent,
+        layout="fastvideo",
+        naming="native",
+        config=_read_config(config),
+        dit_folder=config.parent,
+        files=[weights],
+        tensors=read_header(weights).tensors,
+        components={},
+    )
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:

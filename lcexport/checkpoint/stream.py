@@ -14,15 +14,21 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, Protocol, Self
 
 import torch
 
 from lcexport.checkpoint.header import LENGTH_BYTES, TensorInfo
 from lcexport.checkpoint.int8 import dequantise, quantise
 from lcexport.checkpoint.layout import Checkpoint, Piece, whole
-from lcexport.checkpoint.reading import Chunk, read_chunks, read_scale
-from lcexport.checkpoint.scan import Progress, SourceDigests, check_finite, check_scales
+from lcexport.checkpoint.reading import TORCH_DTYPES, Chunk, read_chunks, read_scale
+from lcexport.checkpoint.scan import (
+    Progress,
+    SourceDigests,
+    check_finite,
+    check_scales,
+    is_finite,
+)
 from lcexport.checkpoint.targets import (
     Bulk,
     Islands,
@@ -30,12 +36,22 @@ from lcexport.checkpoint.targets import (
     native_targets,
     original_targets,
 )
-from lcexport.configs.errors import ResourceError
+from lcexport.configs.errors import InputError, ResourceError, UsageError
 from lcexport.engines.bundle import WeightsDtype
 from lcexport.engines.files import new_file
 
 PAGE_BYTES = 4096
 WAITING = 4  # chunks between the arithmetic and the disk: some 30 MB
+
+
+class Deltas(Protocol):
+    """What is added to native tensors while they are written, before the one rounding."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def added(self, name: str, first: int, values: torch.Tensor) -> torch.Tensor:
+        """Flat FP32 `values`, the tensor's elements from `first` on, with what is added to them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,7 @@ def write_native(
     islands: Islands = "checkpoint",
     weights: WeightsDtype = "bulk",
     scan: bool = True,
+    deltas: Deltas | None = None,
     on_progress: Progress | None = None,
 ) -> WriteReport:
     """Write the weights under native names.
@@ -83,6 +100,7 @@ def write_native(
         weights: "int8" quantises the bulk's Linears beside a bulk of "bf16" or "fp32"; integers
             that the source has already are kept.
         scan: refuse NaN, infinities and values that overflow in the cast.
+        deltas: added to the values, of islands as `islands` says, in FP32.
         on_progress: called with source bytes done and in total; it may raise to stop.
 
     Raises:
@@ -90,8 +108,14 @@ def write_native(
         ResourceError: the file exists, or the disk is full.
         UsageError: `bulk`, `islands` and `weights` contradict each other.
     """
+    if deltas is not None and weights == "int8":
+        raise UsageError(
+            "LoRAs cannot be added to int8 weights",
+            do="Add them with --weights-dtype bulk; int8 rounds each row to 255 levels.",
+        )
     targets = native_targets(checkpoint, bulk=bulk, islands=islands, weights=weights)
-    return _write(checkpoint, targets, Path(path), _metadata(bulk, islands), scan, on_progress)
+    metadata = _metadata(bulk, islands)
+    return _write(checkpoint, targets, Path(path), metadata, scan, on_progress, deltas)
 
 
 def write_original(
@@ -119,6 +143,7 @@ def _write(
     metadata: dict[str, str],
     scan: bool,
     on_progress: Progress | None,
+    deltas: Deltas | None = None,
 ) -> WriteReport:
     check_scales(checkpoint.tensors.values())
     header, tensors = _layout(targets, path, metadata)
@@ -129,7 +154,7 @@ def _write(
         digests = SourceDigests()
         total = sum(piece.end - piece.start for target in targets for piece in target.ranges)
         done = 0
-        for _, data, read in contents(targets, digests=digests, scan=scan):
+        for _, data, read in contents(targets, digests=digests, scan=scan, deltas=deltas):
             writer.put(data)
             done += read
             if on_progress:
@@ -147,19 +172,25 @@ def _write(
 
 
 def contents(
-    targets: list[Target], *, digests: SourceDigests | None = None, scan: bool = False
+    targets: list[Target],
+    *,
+    digests: SourceDigests | None = None,
+    scan: bool = False,
+    deltas: Deltas | None = None,
 ) -> Iterator[tuple[Target, memoryview, int]]:
     """The targets' bytes in order, in memory of their own, each with the source bytes it took.
 
     Args:
         digests: takes the bytes of the source tensors.
         scan: refuse NaN, infinities and values that overflow in the cast.
+        deltas: what is added to the values.
     """
     chunks = read_chunks((p for target in targets for p in target.ranges), whole_rows=True)
     found: dict[str, list[torch.Tensor]] = {}  # the scales of what was quantised on the way
     for target in targets:
         if not target.ranges:
             yield target, _raw(torch.cat(found.pop(target.name))), 0
+        first = 0
         for piece in target.ranges:
             scale = None if piece.scale is None else read_scale(piece.scale)
             for chunk in _until_last(chunks):
@@ -168,7 +199,10 @@ def contents(
                 values = _values(chunk, piece, scale)
                 if scan:
                     check_finite(values, chunk.source, target.narrowest)
-                if target.is_quantised_here:
+                if deltas and target.name in deltas:
+                    first, begin = first + values.numel(), first
+                    values = merged(values, target, deltas, begin)
+                elif target.is_quantised_here:
                     values, rows = quantise(values.view(-1, piece.shape[1]))
                     found.setdefault(target.scales, []).append(rows)
                 else:
@@ -224,6 +258,20 @@ class _Writer:
     def _write(self, data: bytes | memoryview) -> None:
         self.digest.update(data)
         self.file.write(data)
+
+
+def merged(
+    values: torch.Tensor, target: Target, deltas: Deltas, first: int
+) -> torch.Tensor:
+    """A target's elements from `first` on, with what is added to them."""
+    values = values.bfloat16().float() if target.through_bf16 else values.float()
+    values = deltas.added(target.name, first, values).to(TORCH_DTYPES[target.dtype])
+    if not is_finite(values):
+        raise InputError(
+            f"{target.name} does not fit {target.dtype} with what is added to it",
+            do="Use a smaller strength.",
+        )
+    return values
 
 
 def _layout(

@@ -12,7 +12,15 @@ from typing import Any
 
 import typer
 
-from lcexport.cli import build, bundle, checkpoint, environment, generate, qualify  # noqa: F401
+from lcexport.cli import (  # noqa: F401
+    build,
+    bundle,
+    checkpoint,
+    environment,
+    generate,
+    lora,
+    qualify,
+)
 from lcexport.cli.app import app
 from lcexport.configs.errors import LcexportError, ResourceError, UsageError
 

@@ -78,6 +78,14 @@ TargetsOption = Annotated[
     str | None, typer.Option(help="GPUs to compile for, such as sm89,sm120; tensorrt-rtx only.")
 ]
 
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora",
+        help="A LoRA to merge into the weights: a file, or a name in the checkpoint's lora/, with "
+        ":STRENGTH behind it where it is not 1; may be repeated.",
+    ),
+]
 EpContextOption = Annotated[
     bool, typer.Option("--ep-context", help="Wrap the plans in an ONNX model for ONNX Runtime.")
 ]
@@ -104,6 +112,7 @@ def build(
     targets: TargetsOption = None,
     trt: TrtOption = None,
     ep_context: EpContextOption = False,
+    lora: LoraOption = None,
     add: Annotated[bool, typer.Option("--add", help="Add the graphs to a bundle.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a killed build.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only, like `plan`.")] = False,
@@ -125,7 +134,7 @@ def build(
         dense=dense, output=output, precision=precision, islands=islands,
         weights_dtype=weights_dtype, backends=backend, batch=batch, device=device, only=only,
         weights=weights, segments=segments, targets=targets, trt=pairs(trt or ()),
-        ep_context=ep_context, add=add, resume=resume,
+        ep_context=ep_context, loras=lora or (), add=add, resume=resume,
     )  # fmt: skip
     if dry_run:
         show_the_plan(options, as_json)

@@ -13,6 +13,7 @@ from lcexport.graph.check import Violation
 from lcexport.runtime import Video
 from lcexport.show.build import show_stages
 from lcexport.show.console import amount, listed, out, show_fact, show_text, table
+from lcexport.show.lora import lora_text
 from lcexport.verify import Check, Report
 
 SHORT = {
@@ -41,6 +42,8 @@ def show_bundle(bundle: Bundle) -> None:
     )
     show_fact("precision", f"{manifest.precision}, islands {manifest.islands}")
     show_fact("weights", manifest.weights_dtype)
+    if manifest.loras:
+        show_fact("loras", ", ".join(map(lora_text, manifest.loras)))
     none = "none run (compiled only)" if manifest.engines else "none (exported only)"
     show_fact("backends", ", ".join(manifest.backends) or none)
     show_fact("versions", listed(manifest.versions))
