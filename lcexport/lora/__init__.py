@@ -3,11 +3,11 @@
 file      the format, and whether it fits a model
 choice    which file, how strongly
 merge     the arithmetic, one tensor at a time
-bake      into a finished bundle, and out again
+baking    into a finished bundle, and out again
 change    how a bundle's files change together or not at all
 """
 
-from lcexport.lora.bake import bake, remove
+from lcexport.lora.baking import bake, remove
 from lcexport.lora.choice import LoraChoice, choice_from
 from lcexport.lora.file import LoraFile, LoraModule, check_fits, check_values, read_lora
 from lcexport.lora.merge import Merge, open_merge, shares_of, swapped
