@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import LORA_A, LORA_B, SIZE, digest, digests, key_of
+from lora_files import LORA_A, LORA_B, SIZE, digest, digests, key_of
 from safetensors.torch import load_file, save_file
 
 from lcexport.builder import BuildOptions, build, options_from

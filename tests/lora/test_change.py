@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LORA_A, LORA_B, digests
+from lora_files import LORA_A, LORA_B, digests
 
 from lcexport.configs.errors import IntegrityError, ResourceError
 from lcexport.engines.bundle import UNFINISHED, WEIGHTS, open_bundle

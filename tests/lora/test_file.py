@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import LORA_A, LORA_B, key_of, lora_tensors
+from lora_files import LORA_A, LORA_B, key_of, lora_tensors
 
 from lcexport.configs.errors import InputError
 from lcexport.demo import CONFIG

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import lora_tensors
+from lora_files import lora_tensors
 from safetensors.torch import load_file
 
 from lcexport.checkpoint import open_checkpoint, reading, write_native

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import LORA_A, LORA_B, SIZE, digest, digests
+from lora_files import LORA_A, LORA_B, SIZE, digest, digests
 from safetensors.torch import load_file
 
 from lcexport.builder import build, options_from
