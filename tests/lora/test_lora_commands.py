@@ -43,7 +43,7 @@ def test_bake_inspect_and_remove(run, bundle):
 def test_a_lora_is_shown_by_kind_of_module(run, bundle):
     code, out, _ = run("lora", "inspect", LORA_A, "--bundle", bundle)
     assert code == 0
-    assert [line for line in out.splitlines() if "attn.qkv" in line][0].split() == [
+    assert next(line for line in out.splitlines() if "attn.qkv" in line).split() == [
         "blocks.*.attn.qkv", "3", "768", "x", "256", "8", "3", "0.5",
     ]  # fmt: skip
     assert f"the model of {bundle}" in out
