@@ -260,9 +260,7 @@ class _Writer:
         self.file.write(data)
 
 
-def merged(
-    values: torch.Tensor, target: Target, deltas: Deltas, first: int
-) -> torch.Tensor:
+def merged(values: torch.Tensor, target: Target, deltas: Deltas, first: int) -> torch.Tensor:
     """A target's elements from `first` on, with what is added to them."""
     values = values.bfloat16().float() if target.through_bf16 else values.float()
     values = deltas.added(target.name, first, values).to(TORCH_DTYPES[target.dtype])

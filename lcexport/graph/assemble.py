@@ -180,9 +180,7 @@ def call(
     )
 
 
-def wanted_weights(
-    parts: Parts, config: DiTConfig, last_layer: str
-) -> dict[str, ir.Value]:
+def wanted_weights(parts: Parts, config: DiTConfig, last_layer: str) -> dict[str, ir.Value]:
     """Native name -> the traced parameter, for every call.
 
     `last_layer` is the prefix of the last part's weights where that part is a layer.

@@ -69,6 +69,11 @@ def bake(
         raise UsageError("no LoRA was named", do="`lcexport lora remove` gives back the base.")
     with locked_bundle(folder) as (bundle, _):
         old = bundle.manifest
+        if old.weights_dtype == "int8":
+            raise IncompatibleError(
+                f"the weights of {folder} are int8, to which a LoRA cannot be added",
+                do="Build the bundle with --weights-dtype bulk.",
+            )
         merge = open_merge(choices, DiTConfig.from_json(bundle.path(DIT_CONFIG)))
         baked = (record.model_copy(update={"baked": True}) for record in merge.records)
         loras = (*built_in(old), *baked)
@@ -236,8 +241,9 @@ def write_golden(bundle: Bundle, names: dict[str, str], staged: Path, device: st
     dit = dit_from_files(bundle.path(DIT_CONFIG), staged / WEIGHTS, device)
     made = {}
     for resolution, name in names.items():
-        with DitEngine(dit, bundle.graph(resolution), torch.device(device)) as engine:
-            data = save(make_golden(engine))
+        record = bundle.graph(resolution)
+        with DitEngine(dit, record, torch.device(device)) as engine:
+            data = save(make_golden(engine, record.job.num_cond_latents))
         path = staged / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, data)

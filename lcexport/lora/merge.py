@@ -142,7 +142,9 @@ def merged_tensor(merge: Merge, name: str, tensor: Tensor) -> Tensor:
     """One tensor with its LoRAs, in its own dtype."""
     merged = torch.empty_like(tensor)
     first = 0
-    pairs = (t.flatten().split(CHUNK_ELEMENTS) for t in (tensor, merged))
+    columns = tensor.shape[-1]  # whole rows, as `contents` of the file's writer takes them
+    elements = max(CHUNK_ELEMENTS // columns, 1) * columns
+    pairs = (t.flatten().split(elements) for t in (tensor, merged))
     for source, target in zip(*pairs, strict=True):
         target.copy_(merge.added(name, first, source.float()))
         first += source.numel()

@@ -123,7 +123,7 @@ def graph_of(dit_folder, make_weights, bulk="fp32", cond=0, sparse=SMALL):
     config = open_checkpoint(dit_folder).config
     weights = make_weights(bulk)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[bulk]
-    spec = GraphSpec(Geometry(2, 4, 4, 6, cond, sparse), 10, dtype)
+    spec = GraphSpec(Geometry(2, 4, 4, 6, cond, sparse=sparse), 10, dtype)
     path = weights.with_name(f"sparse-{cond}.onnx")
     save_graph(onnx_from_dit(config, spec, read_header(weights).tensors, "0"), path)
     return path

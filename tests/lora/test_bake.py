@@ -18,6 +18,7 @@ from lcexport.configs.errors import (
     ResourceError,
     UsageError,
 )
+from lcexport.configs.tasks import jobs_for
 from lcexport.engines.bundle import (
     LORA_BASE,
     WEIGHTS,
@@ -256,8 +257,9 @@ def test_plans_with_weights_inside_are_not_added_to_baked_bundles(make_bundle, t
         model=folder, output=folder, presets=(preset_from("64x64x5"),), add=True,
         precision="bf16", backends=("tensorrt-rtx",), only="compile",
     )  # fmt: skip
-    assert not addable_bundle(options).baked
+    jobs = jobs_for(preset_from("64x64x5"), "t2v")
+    assert not addable_bundle(options, jobs).baked
     bake(folder, [A], golden=False)
     with pytest.raises(UsageError, match=r"would keep them.*--weights shared"):
-        addable_bundle(options)
-    assert addable_bundle(options.model_copy(update={"weights": "shared"})).baked
+        addable_bundle(options, jobs)
+    assert addable_bundle(options.model_copy(update={"weights": "shared"}), jobs).baked

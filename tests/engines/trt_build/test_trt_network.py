@@ -51,7 +51,7 @@ def test_block_sparse_attention_parses_as_its_functions(check, dit_folder, make_
     """No plugin is registered: the parser takes the function inside the function, and its Scan."""
     sparse = Sparsity(0.5, None, (2, 2, 2), (2, 2, 2))
     weights = make_weights("bf16")
-    spec = GraphSpec(Geometry(1, 4, 4, 6, 2, sparse), 10, torch.bfloat16)
+    spec = GraphSpec(Geometry(1, 4, 4, 6, 2, sparse=sparse), 10, torch.bfloat16)
     config = open_checkpoint(dit_folder).config
     path = weights.with_name("sparse-trt.onnx")
     save_graph(onnx_from_dit(config, spec, read_header(weights).tensors, "0"), path)
