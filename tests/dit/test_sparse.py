@@ -178,7 +178,7 @@ def test_a_dit_that_leaves_nothing_out_is_dense(dit):
 def test_conditioning_and_noise_are_gated_apart(dit, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "lcexport.dit.model.block_sparse_attention",
+        "lcexport.dit.attention.block_sparse_attention",
         lambda q, k, v, *rest: calls.append(rest) or dense_reference(q, k, v, *rest),
     )
     given = inputs_of(dit)

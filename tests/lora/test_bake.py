@@ -143,7 +143,7 @@ def test_a_build_is_not_resumed_with_another_lora(golden_checkpoint, tmp_path, m
         patched.setattr("lcexport.builder.run.components_stage", fail)
         with pytest.raises(ResourceError, match="stopped"):
             build(options_from(**words, loras=["a"]))
-    with pytest.raises(InputError, match="started differently; got another loras"):
+    with pytest.raises(UsageError, match="started differently; got another loras"):
         build(options_from(**words, loras=["a:0.5"], resume=True))
     assert build(options_from(**words, loras=["a"], resume=True)).manifest.loras[0].name == "a_lora"
 
