@@ -120,6 +120,21 @@ class Job(BaseModel):
         return RefineShape(self.preset.frames, self.cond_frames, kind == "spatial")
 
 
+def build_words(job: Job) -> list[str]:
+    """What `lcexport build` is told to make this graph."""
+    words = ["--res", job.preset.name]
+    if job.task == "t2v":
+        return words
+    words += ["--task", job.task]
+    refines = job.refinement is not None
+    if job.task.endswith("vc") or job.task == "vc-uncached":
+        doubled = refines and job.task.startswith("refine")
+        words += ["--cond-frames", str(job.cond_frames // 2 if doubled else job.cond_frames)]
+    if refines:
+        words += ["--refine-size", f"{job.height}x{job.width}"]
+    return words
+
+
 def job_name(resolution: str, task: str, part: str = "denoise") -> str:
     """A graph's name in its bundle: `480p`, `480p.i2v`, `480p.vc.cache`."""
     names = [resolution, *([task] if task != "t2v" else []), *([part] if part == "cache" else [])]

@@ -56,7 +56,8 @@ class DitEngine(EagerEngine):
         source: Path | None = None,
     ) -> None:
         job = record.job
-        sparse = job_sparsity(dit.config, job)
+        # a compiled module need not have a configuration
+        sparse = job_sparsity(dit.config, job) if job.sparse else None
 
         def forward(inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
             if job.part == "cache":

@@ -270,12 +270,36 @@ class Pipeline:
         self._check_open()
         return self.components.encode_text(prompts, CancelToken())
 
+    @overload
     def refine(
-        self, video: VideoSource, prompt: str | Text = "", **options: Unpack[RefineOptions]
+        self,
+        video: VideoSource,
+        prompt: str | Text = "",
+        *,
+        output: Literal["video"] = "video",
+        **options: Unpack[RefineOptions],
+    ) -> Video: ...
+    @overload
+    def refine(
+        self,
+        video: VideoSource,
+        prompt: str | Text = "",
+        *,
+        output: Literal["latents"],
+        **options: Unpack[RefineOptions],
+    ) -> torch.Tensor: ...
+    def refine(
+        self,
+        video: VideoSource,
+        prompt: str | Text = "",
+        *,
+        output: Output = "video",
+        **options: Unpack[RefineOptions],
     ) -> Video | torch.Tensor:
         """A generated video at a higher resolution; `lcexport.runtime.refining` says all of it."""
         self._check_open()
-        return refine(self.components, self.resolution, video, prompt, **options)
+        check_output(output)
+        return refine(self.components, self.resolution, video, prompt, output=output, **options)
 
     def make_cache(
         self,

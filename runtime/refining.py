@@ -52,7 +52,6 @@ class RefineOptions(TypedDict, total=False):
     cond_posterior_noise: torch.Tensor | None
     on_step: OnStep | None
     cancel: CancelToken | None
-    output: Literal["video", "latents"]
 
 
 def refine(

@@ -2,6 +2,7 @@
 
 import shlex
 
+from lcexport.configs.tasks import build_words
 from lcexport.engines.bundle import EngineRecord, Manifest
 from lcexport.engines.trt.options import TrtOptions
 
@@ -12,7 +13,7 @@ NOT_WRAPPED = frozenset({"strip_plan", "version_compatible"})
 def rebuild_command(
     manifest: Manifest,
     product: str,
-    resolution: str,
+    name: str,
     compute_capability: str | None = None,
     *,
     wrapped_for: str | None = None,
@@ -20,17 +21,22 @@ def rebuild_command(
     """What to type. CHECKPOINT and NEW are left for the reader, who knows the folders.
 
     Args:
+        name: of the graph.
         compute_capability: of the GPU at hand, for plans that were compiled for others.
         wrapped_for: the backend of ONNX Runtime that is to run the plans.
     """
-    record, graph = manifest.engines[product][resolution], manifest.graphs[resolution]
+    record, graph = manifest.engines[product][name], manifest.graphs[name]
     wrapped = wrapped_for is not None or record.ep_context is not None
     backends = ",".join(filter(None, [product, wrapped_for]))
-    words = ["lcexport", "build", "--model", "CHECKPOINT", "--res", resolution]
+    words = ["lcexport", "build", "--model", "CHECKPOINT", *build_words(graph.job)]
     words += ["--precision", manifest.precision, "--backend", backends, "--device", "cuda"]
     effective = graph.added.effective if graph.added else manifest.effective
     if effective.get("only") == "compile":
         words += ["--only", "compile"]
+    if manifest.weights_dtype != "bulk":
+        words += ["--weights-dtype", manifest.weights_dtype]
+    if graph.job.refinement and effective.get("dense"):
+        words += ["--dense"]
     if manifest.islands != "checkpoint":
         words += ["--islands", manifest.islands]
     if graph.batch != 1:

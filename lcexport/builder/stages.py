@@ -73,7 +73,7 @@ def weights_stage(
         bulk=options.precision,
         islands=options.islands,
         weights=options.weights_dtype,
-        deltas=merge,
+        deltas=merge if options.loras else None,
         on_progress=on_progress,
     )
     config = folder / DIT_CONFIG

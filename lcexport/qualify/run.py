@@ -10,6 +10,7 @@ import torch
 
 from lcexport.builder import build, options_from
 from lcexport.configs.errors import IncompatibleError, UsageError
+from lcexport.configs.tasks import build_words
 from lcexport.doctor import advised
 from lcexport.engines import COMPILED, require_backend
 from lcexport.engines.bundle import Bundle, read_manifest
@@ -135,10 +136,11 @@ def require(bundle: Bundle, backend: str, resolution: str, device: str, *, build
         )
     if not buildable and not has_engine(bundle, backend, resolution):
         precision = bundle.manifest.precision
+        words = build_words(bundle.graph(resolution).job)
         raise UsageError(
             f"the bundle {bundle.folder} has no {backend} engine for {resolution}",
             do=f"Name a checkpoint with --model to have one built, or build it: lcexport build "
-            f"--model CHECKPOINT --res {resolution} --precision {precision} --backend {backend} "
+            f"--model CHECKPOINT {' '.join(words)} --precision {precision} --backend {backend} "
             f"--device {device} -o NEW",
         )
 
@@ -165,6 +167,12 @@ def built(
     """A bundle like this one with the engine it lacks, in the report's folder."""
     manifest = bundle.manifest
     graph = manifest.graphs.get(resolution)
+    if graph is not None and graph.job.task != "t2v":
+        raise UsageError(
+            "only text-to-video's engine is built on the way", got=resolution,
+            do=f"Build it: lcexport build --model {model} {' '.join(build_words(graph.job))} "
+            f"--precision {manifest.precision} --backend {backend} --device {device} -o NEW",
+        )  # fmt: skip
     options = options_from(
         model=model,
         res=resolution,

@@ -1,12 +1,15 @@
 """The five levels, from the files' hashes to whole videos. Each adds to the ones before it."""
 
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 
 from lcexport import runtime
 from lcexport.compare import STEP_TOLERANCE, VIDEO_TOLERANCE, difference
 from lcexport.configs.errors import IntegrityError
+from lcexport.configs.tasks import Job
 from lcexport.engines import open_engine
 from lcexport.engines.bundle import Bundle, check_file
 from lcexport.golden import against_golden, read_golden
@@ -71,33 +74,57 @@ def step_level(bundle: Bundle, resolution: str, backend: str, device: str) -> It
 
 
 def video_level(
-    bundle: Bundle, resolution: str, backends: tuple[str, ...], device: str
+    bundle: Bundle, name: str, backends: tuple[str, ...], device: str
 ) -> Iterator[Check]:
     """A short generation by each backend against eager's: latents step by step, then frames."""
+    job = bundle.graph(name).job
+    if job.part == "cache":
+        why = f"not checked here: the continuation that {job.preset.name}.{job.task} makes uses it"
+        yield Check("video", name, "", "video", {}, why, None)
+        return
     tolerance = VIDEO_TOLERANCE[bundle.manifest.precision]
     others = [backend for backend in backends if backend != "eager"]
     if not others:
         why = "not checked: eager is what the others are compared with"
-        yield Check("video", resolution, "eager", "video", {}, why, None)
+        yield Check("video", name, "eager", "video", {}, why, None)
         return
-    wanted = short_video(bundle, resolution, "eager", device)
+    wanted = short_video(bundle, job, "eager", device)
     for backend in others:
-        found = short_video(bundle, resolution, backend, device)
-        for name, tensor in found.items():
-            error = difference(tensor, wanted[name])
-            yield compared("video", resolution, backend, name, error, tolerance)
+        found = short_video(bundle, job, backend, device)
+        for row, tensor in found.items():
+            error = difference(tensor, wanted[row])
+            yield compared("video", name, backend, row, error, tolerance)
 
 
-def short_video(
-    bundle: Bundle, resolution: str, backend: str, device: str
-) -> dict[str, torch.Tensor]:
+def short_video(bundle: Bundle, job: Job, backend: str, device: str) -> dict[str, torch.Tensor]:
     """Latents after each step and the decoded frames of one prompt and seed."""
     tensors: dict[str, torch.Tensor] = {}
 
     def keep(event: StepEvent) -> None:
         tensors[f"latents after step {event.step}"] = event.latents.cpu().clone()
 
-    with runtime.load(bundle.folder, resolution, backend, device) as pipe:
-        video = pipe.generate(PROMPT, seed=VIDEO_SEED, steps=VIDEO_STEPS, on_step=keep)
+    frames, preset = job.cond_frames, job.preset
+    options: dict[str, Any] = {"seed": VIDEO_SEED, "steps": VIDEO_STEPS, "on_step": keep}
+    with runtime.load(bundle.folder, preset.name, backend, device, tasks=(job.task,)) as pipe:
+        if job.refinement is not None:
+            if job.task.endswith("-i2v"):
+                options["image"] = clip(1, job.height, job.width)[0]
+            elif frames:
+                options["cond_video"] = clip(frames, job.height, job.width)
+            options["spatial"] = job.refinement.spatial_only
+            video = pipe.refine(clip(preset.frames, preset.height, preset.width), **options)
+        else:
+            if job.task == "i2v":
+                options["image"] = clip(1, job.height, job.width)[0]
+            elif frames:
+                options |= {"video": clip(frames, job.height, job.width), "task": job.task}
+            video = pipe.generate(PROMPT, **options)
     tensors["frames"] = video.frames
     return tensors
+
+
+def clip(frames: int, height: int, width: int) -> np.ndarray:
+    """Given frames uint8 [F, H, W, 3]: three ramps, of which one moves."""
+    f, h, w = np.ogrid[:frames, :height, :width]
+    channels = np.broadcast_arrays(4 * h + 0 * (f + w), 4 * w + 0 * (f + h), 4 * (w + h) + 8 * f)
+    return np.stack(channels, axis=-1).astype(np.uint8)

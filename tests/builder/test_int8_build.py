@@ -101,7 +101,7 @@ def test_bfloat16_on_a_processor_is_refused_beforehand(int8_options, tmp_path):
 
 
 def test_an_unknown_dtype_is_a_usage_error(demo_checkpoint):
-    with pytest.raises(UsageError, match="weights_dtype"):
+    with pytest.raises(UsageError, match="--weights-dtype"):
         options_from(model=demo_checkpoint, res=SIZE, weights_dtype="int4")
 
 

@@ -45,7 +45,7 @@ def test_a_bundle_opens_and_finds_its_files(demo_bundle):
     assert bundle.graph(SIZE).file == GRAPH
     with pytest.raises(IntegrityError, match="has no file nothing"):
         bundle.path("nothing")
-    with pytest.raises(UsageError, match="--res 480p --add") as caught:
+    with pytest.raises(UsageError, match="--res 480p --task t2v --add") as caught:
         bundle.graph("480p")
     assert SIZE in str(caught.value)
 
@@ -91,7 +91,7 @@ def test_a_manifest_that_is_another_kind_of_json(folder):
         (lambda d: d["files"][GRAPH].update(bytes=-1), r"bytes: Input should be greater"),
         (lambda d: d.update(precision="fp64"), "precision: "),
         (lambda d: d["graphs"][SIZE].update(batch=0), "batch: "),
-        (lambda d: d["graphs"][SIZE]["preset"].update(height=65), "height: "),
+        (lambda d: d["graphs"][SIZE]["job"]["preset"].update(height=65), "height: "),
     ],
 )
 def test_a_damaged_manifest_names_the_field(folder, edit, change, match):
