@@ -346,7 +346,7 @@ BAD_PROMPTS = [
     (["--prompt", "x", "--guidance-scale", "-1"], 2, "negative guidance"),
     (["--prompt", "x", "--seed", "-1"], 2, "seed"),
     (["--prompt", "x", "--seed", str(2**63)], 2, "seed"),
-    (["--prompt", "x", "--res", "480p"], 2, "not built for this; got '480p'"),
+    (["--prompt", "x", "--res", "480p"], 2, "was not built for this; got '480p'"),
     (["--prompt", "x", "--backend", "quantum"], 2, "unknown backend"),
     (["--prompt", "x", "--device", "cuda"], 5, "GPU"),
     (["--prompt", "x", "--device", "meta", "--backend", "eager"], 2, "unknown device"),

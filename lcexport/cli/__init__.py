@@ -20,6 +20,7 @@ from lcexport.cli import (  # noqa: F401
     generate,
     lora,
     qualify,
+    refine,
 )
 from lcexport.cli.app import app
 from lcexport.configs.errors import LcexportError, ResourceError, UsageError

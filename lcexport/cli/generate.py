@@ -6,64 +6,129 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lcexport.cli.app import BundleArgument, DeviceOption, JsonOption, app, pairs, progress_bars
+from lcexport.cli.output import (
+    BackendOption,
+    ContactSheetOption,
+    EngineOption,
+    HashesOption,
+    OffloadOption,
+    OutOption,
+    check_output,
+    write_video,
+)
 
 if TYPE_CHECKING:
     from lcexport.runtime import StepEvent
+
+ImageOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Start from this picture, stretched to the resolution; the video keeps that size."
+    ),
+]
+VideoOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Go on from the end of this video, of which every so many frames are taken, that it "
+        "has about 15 per second. They come first in the output, which has the video's size."
+    ),
+]
+ResolutionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Which of the bundle's resolutions: by default the model's nearest to the shape of "
+        "the picture or video, or the first. A picture or video is stretched to it."
+    ),
+]
+CondFramesOption = Annotated[
+    int | None,
+    typer.Option(help="Frames that a continuation starts from, to be sure: the bundle decides."),
+]
+CacheOption = Annotated[
+    bool,
+    typer.Option(
+        "--cache/--no-cache",
+        help="Of a continuation: compute its given frames' keys and values once, or go through "
+        "them at each step (task vc-uncached).",
+    ),
+]
+EnhanceOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--enhance-hf/--no-enhance-hf",
+        help="End in ten uniform steps, for detail; a continuation does unless distilled.",
+    ),
+]
 
 
 @app.command()
 def generate(
     bundle: BundleArgument,
     prompt: Annotated[str, typer.Option(help="What to show.")],
-    out: Annotated[Path, typer.Option(help="The video, a new .mp4 file.")],
+    out: OutOption,
+    image: ImageOption = None,
+    video: VideoOption = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
-    contact_sheet: Annotated[
-        Path | None, typer.Option(help="Also write a picture of some frames, a new .png file.")
-    ] = None,
-    res: Annotated[str | None, typer.Option(help="Which of the bundle's resolutions.")] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="The engine; the first it was built with by default.")
-    ] = None,
-    device: DeviceOption = "cpu",
-    offload: Annotated[
-        str, typer.Option(help="Text encoder and VAE: keep, cpu, or release after use.")
-    ] = "keep",
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; the preset's.")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="1 for none; the preset's by default.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-    engine: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="How a TensorRT engine runs: weight_budget=BYTES or auto, cuda_graph=true; may be "
-            "repeated."
-        ),
-    ] = None,
-    check_hashes: Annotated[
-        bool, typer.Option("--check-hashes", help="Hash the large files too, before opening them.")
+    contact_sheet: ContactSheetOption = None,
+    only_new: Annotated[
+        bool, typer.Option("--only-new", help="Write a continuation alone, at its resolution.")
     ] = False,
+    res: ResolutionOption = None,
+    cond_frames: CondFramesOption = None,
+    cache: CacheOption = True,
+    offload_cache: Annotated[
+        bool, typer.Option("--offload-cache", help="Keep a continuation's cache on the host.")
+    ] = False,
+    backend: BackendOption = None,
+    device: DeviceOption = "cpu",
+    offload: OffloadOption = "keep",
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; the preset's, or 16 distilled.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="1 for none; the preset's by default, or 1 distilled.")
+    ] = None,
+    distill: Annotated[
+        bool,
+        typer.Option("--distill", help="The distilled model's steps; its LoRA must be baked in."),
+    ] = False,
+    enhance_hf: EnhanceOption = None,
+    seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
+    engine: EngineOption = None,
+    check_hashes: HashesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a video from a prompt."""
-    from lcexport.engines.bundle import read_manifest
-    from lcexport.engines.files import refuse_existing
+    """Make a video from a prompt alone, from an image, or going on from a video."""
+    from lcexport.cli.given import (
+        check_cond_frames,
+        check_continuation,
+        check_joined,
+        graph_for,
+        joined,
+        read_source,
+    )
+    from lcexport.engines.bundle import Bundle, read_manifest
     from lcexport.runtime import load
-    from lcexport.runtime.video import check_suffix
-    from lcexport.show.bundle import show_video
-    from lcexport.show.console import show_json
 
     manifest = read_manifest(bundle)
-    check_suffix(out, ".mp4")
-    if contact_sheet:
-        check_suffix(contact_sheet, ".png")
-    refuse_existing(out, *([contact_sheet] if contact_sheet else []))
+    check_output(out, contact_sheet)
+    check_continuation(
+        video, only_new=only_new, cond_frames=cond_frames is not None, no_cache=not cache,
+        offload_cache=offload_cache,
+    )  # fmt: skip
+    source = read_source(image, video, cache)
+    graph = graph_for(Bundle(bundle, manifest), res, source)
+    check_cond_frames(graph.job, cond_frames)
+    source.check(graph.job)
+    if not only_new:
+        check_joined(source)
     with (
         load(
             bundle,
-            res or next(iter(manifest.graphs)),
+            graph.preset.name,
             backend or manifest.default_backend,
             device,
+            tasks=[source.task],
             engine_options=pairs(engine or ()),
             check_hashes=check_hashes,
             offload=offload,  # pyright: ignore[reportArgumentType]  # checked by `load`
@@ -74,18 +139,20 @@ def generate(
         def on_step(event: "StepEvent") -> None:
             bar("denoising", event.step, event.steps)
 
-        video = pipe.generate(
+        made = pipe.generate(
             prompt,
             negative_prompt,
+            task=source.task,
+            image=source.image,
+            video=source.video,
+            offload_cache=offload_cache,
             seed=seed,
             steps=steps,
             guidance_scale=guidance_scale,
+            distill=distill,
+            enhance_hf=enhance_hf,
             on_step=on_step,
         )
-    video.save(out)
-    if contact_sheet:
-        video.save_contact_sheet(contact_sheet)
-    if as_json:
-        show_json({"video": out, "contact_sheet": contact_sheet, "seconds": video.timings})
-    else:
-        show_video(video, out, contact_sheet)
+    if source.video is not None and not only_new:
+        made = joined(source.video, made, graph.job.cond_frames)
+    write_video(made, graph.job, out, contact_sheet, as_json)

@@ -1,0 +1,111 @@
+"""`refine`."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lcexport.cli.app import BundleArgument, DeviceOption, JsonOption, app, pairs, progress_bars
+from lcexport.cli.output import (
+    BackendOption,
+    ContactSheetOption,
+    EngineOption,
+    HashesOption,
+    OffloadOption,
+    OutOption,
+    check_output,
+    write_video,
+)
+
+if TYPE_CHECKING:
+    from lcexport.runtime import StepEvent
+
+VideoArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="What `generate` wrote at one of the bundle's resolutions, of a continuation with "
+        "--only-new: it has that resolution's size and number of frames."
+    ),
+]
+ImageOption = Annotated[
+    Path | None, typer.Option(help="The picture that the video was generated from.")
+]
+CondVideoOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="The video that this one goes on from, refined: its last frames are the first ones. "
+        "Every so many frames are taken, that it has about 30 per second (15 with --spatial)."
+    ),
+]
+
+
+@app.command()
+def refine(
+    bundle: BundleArgument,
+    video: VideoArgument,
+    out: OutOption,
+    prompt: Annotated[str, typer.Option(help="What it shows; the original gives none.")] = "",
+    image: ImageOption = None,
+    cond_video: CondVideoOption = None,
+    spatial: Annotated[
+        bool, typer.Option("--spatial", help="Larger frames, but not twice as many.")
+    ] = False,
+    contact_sheet: ContactSheetOption = None,
+    res: Annotated[
+        str | None, typer.Option(help="The resolution it was generated at; by default it is found.")
+    ] = None,
+    backend: BackendOption = None,
+    device: DeviceOption = "cpu",
+    offload: OffloadOption = "keep",
+    steps: Annotated[int, typer.Option(help="Of the whole schedule: 50 make 5 calls.")] = 50,
+    threshold: Annotated[
+        float, typer.Option(help="The noise's share of the start, up to 1.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of the noise and the VAE's samples.")] = 0,
+    engine: EngineOption = None,
+    check_hashes: HashesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Enlarge a generated video and double its frames; the refinement's LoRA must be baked in."""
+    from lcexport.cli.given import read_first_stage, refinement_for
+    from lcexport.engines.bundle import Bundle, read_manifest
+    from lcexport.runtime import Video, load
+    from lcexport.runtime.pipeline import timed
+
+    manifest = read_manifest(bundle)
+    check_output(out, contact_sheet)
+    given = read_first_stage(video, image, cond_video, spatial)
+    graph = refinement_for(Bundle(bundle, manifest), res, given)
+    with (
+        load(
+            bundle,
+            graph.preset.name,
+            backend or manifest.default_backend,
+            device,
+            tasks=[given.task],
+            engine_options=pairs(engine or ()),
+            check_hashes=check_hashes,
+            offload=offload,  # pyright: ignore[reportArgumentType]  # checked by `load`
+        ) as pipe,
+        progress_bars() as bar,
+    ):
+
+        def on_step(event: "StepEvent") -> None:
+            bar("refining", event.step, event.steps)
+
+        timings: dict[str, float] = {}
+        with timed(timings, "refine"):
+            made = pipe.refine(
+                given.frames,
+                prompt,
+                image=given.image,
+                cond_video=given.before,
+                spatial=spatial,
+                seed=seed,
+                steps=steps,
+                t_thresh=threshold,
+                on_step=on_step,
+            )
+    assert isinstance(made, Video), "latents were not asked for"
+    write_video(replace(made, timings=timings), graph.job, out, contact_sheet, as_json)
