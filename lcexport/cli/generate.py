@@ -29,8 +29,8 @@ ImageOption = Annotated[
 VideoOption = Annotated[
     Path | None,
     typer.Option(
-        help="Go on from the end of this video, of which every so many frames are taken, that it "
-        "has about 15 per second. They come first in the output, which has the video's size."
+        help="Go on from the end of this video, thinned to about 15 frames per second. Its frames "
+        "are written first and the new ones after them, all of this video's size."
     ),
 ]
 ResolutionOption = Annotated[
@@ -42,7 +42,9 @@ ResolutionOption = Annotated[
 ]
 CondFramesOption = Annotated[
     int | None,
-    typer.Option(help="Frames that a continuation starts from, to be sure: the bundle decides."),
+    typer.Option(
+        help="Frames a continuation starts from: an error unless the bundle was built so."
+    ),
 ]
 CacheOption = Annotated[
     bool,

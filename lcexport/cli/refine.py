@@ -34,8 +34,8 @@ ImageOption = Annotated[
 CondVideoOption = Annotated[
     Path | None,
     typer.Option(
-        help="The video that this one goes on from, refined: its last frames are the first ones. "
-        "Every so many frames are taken, that it has about 30 per second (15 with --spatial)."
+        help="The refined video that this one goes on from: its last frames are this one's first. "
+        "It is thinned to about 30 frames per second, 15 with --spatial."
     ),
 ]
 
