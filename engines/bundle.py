@@ -329,9 +329,14 @@ def check_name(name: str, manifest: Path) -> None:
         raise IntegrityError(f"{manifest} names a file outside the bundle", got=repr(name))
 
 
-def check_file(path: Path, record: FileRecord, *, hashed: bool) -> None:
+def check_file(
+    path: Path,
+    record: FileRecord,
+    *,
+    hashed: bool,
+    do: str = "Copy the bundle again, or rebuild it.",
+) -> None:
     """Compare one file with its record; a link never passes, whatever it points to."""
-    do = "Copy the bundle again, or rebuild it."
     if path.is_symlink() or not path.is_file():
         raise IntegrityError(f"{path} is missing or not a regular file", do=do)
     size = path.stat().st_size

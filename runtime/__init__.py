@@ -15,6 +15,9 @@ sampler.py    the one sampling loop
 schedule.py   noise levels and the Euler step
 media.py      files with pictures and videos -> pixels, and their sizes
 refine.py     finished frames -> where their refinement starts
+long.py       segments that each continue the one before: long and interactive videos
+long_refining.py   their refinement, window by window
+segments.py   the folder of finished segments, from which both go on; its frames as one MP4
 vae.py        frames -> latents -> frames
 video.py      frames -> MP4, contact sheet
 residency.py  where the text encoder and the VAE wait
@@ -23,8 +26,21 @@ cancel.py     stopping from another thread
 
 from lcexport.configs.errors import LcexportError
 from lcexport.runtime.cancel import CancelToken
+from lcexport.runtime.long import generate_long
+from lcexport.runtime.long_refining import refine_long
 from lcexport.runtime.pipeline import Pipeline, load
 from lcexport.runtime.sampler import StepEvent
+from lcexport.runtime.segments import LongVideo
 from lcexport.runtime.video import Video
 
-__all__ = ["CancelToken", "LcexportError", "Pipeline", "StepEvent", "Video", "load"]
+__all__ = [
+    "CancelToken",
+    "LcexportError",
+    "LongVideo",
+    "Pipeline",
+    "StepEvent",
+    "Video",
+    "generate_long",
+    "load",
+    "refine_long",
+]

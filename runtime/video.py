@@ -1,7 +1,9 @@
 """A generated video: frames in memory, and the ways out of memory. F frames of H x W pixels."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,8 +118,8 @@ def check_suffix(path: Path, suffix: str) -> None:
         )
 
 
-def write_mp4(file: object, frames_FHW3: npt.NDArray[np.uint8], rate: Fraction) -> None:
-    """Encode into a seekable binary file.
+def write_mp4(file: object, frames: Iterable[npt.NDArray[np.uint8]], rate: Fraction) -> None:
+    """Encode frames uint8 [H, W, 3], at least one, into a seekable binary file.
 
     The colours are converted to BT.709 and labelled so: players guess at unlabelled video,
     differently by its size.
@@ -125,7 +127,9 @@ def write_mp4(file: object, frames_FHW3: npt.NDArray[np.uint8], rate: Fraction) 
     import av
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
-    _, height, width, _ = frames_FHW3.shape
+    frames = iter(frames)
+    first = next(frames)
+    height, width, _ = first.shape
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": CRF})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -134,7 +138,7 @@ def write_mp4(file: object, frames_FHW3: npt.NDArray[np.uint8], rate: Fraction) 
         context.color_range = ColorRange.MPEG
         context.color_primaries = ColorPrimaries.BT709
         context.color_trc = ColorTrc.BT709
-        for pixels in frames_FHW3:
+        for pixels in chain((first,), frames):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,

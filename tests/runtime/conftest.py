@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lcexport.builder import BuildOptions, build
 from lcexport.configs import Preset
-from lcexport.configs.tasks import jobs_for
+from lcexport.configs.tasks import Task, jobs_for
 from lcexport.engines import TensorSpec
 from lcexport.engines.bundle import (
     MANIFEST,
@@ -24,6 +25,10 @@ from lcexport.engines.files import sha256_of
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TOKENS, WIDTH = 12, 64  # of the golden text encoder
+TINY_TASKS: tuple[Task, ...] = (
+    *("t2v", "i2v", "vc", "vc-uncached"),
+    *("refine", "spatial", "refine-i2v", "refine-vc", "spatial-vc"),
+)
 
 
 class FakeEngine:
@@ -118,6 +123,42 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = folder / "vae/diffusion_pytorch_model.safetensors"
     shutil.copy(GOLDEN / "vae_tiny/vae.safetensors", weights)
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(
+    dit_folder: Path,
+    text_folder: Path,
+    vae_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The golden DiT, text encoder and VAE in the released layout."""
+    folder = tmp_path_factory.mktemp("golden") / "model"
+    shutil.copytree(text_folder, folder)
+    shutil.copytree(dit_folder, folder / "dit")
+    shutil.copytree(vae_folder / "vae", folder / "vae")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler/scheduler_config.json").write_text('{"shift": 12.0}')
+    config = json.loads((folder / "dit/config.json").read_text("utf-8"))
+    config["text_tokens_zero_pad"] = True
+    (folder / "dit/config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of it for nearly every task at 64x96x13, exported only. Read only."""
+    preset = Preset(name="tiny", frames=13, height=64, width=96, text_tokens=TOKENS, steps=2)
+    options = BuildOptions(
+        model=checkpoint,
+        output=tmp_path_factory.mktemp("bundles") / "tiny",
+        presets=(preset,),
+        tasks=TINY_TASKS,
+        cond_frames=5,
+        refine_size=(64, 128),
+        only="export",
+    )
+    return build(options).folder
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,9 @@
 """Every task on the golden model, through the pipeline: eager torch and ONNX Runtime."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 import torch
 
-from lcexport.builder import BuildOptions, build
-from lcexport.configs import Preset
 from lcexport.configs.errors import InputError, UsageError
 from lcexport.runtime import load
 from lcexport.runtime.schedule import enhance_hf_schedule, schedule
@@ -16,40 +11,7 @@ from lcexport.runtime.text import Text
 
 ATOL = 1e-4  # float32, several steps
 SIZE = (13, 64, 96)
-TASKS = ("t2v", "i2v", "vc", "vc-uncached", "refine", "spatial", "refine-i2v", "refine-vc")
 BACKENDS = ("eager", "onnxruntime")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(dit_folder, text_folder, vae_folder, tmp_path_factory):
-    """The golden DiT, text encoder and VAE in the released layout."""
-    folder = tmp_path_factory.mktemp("golden") / "model"
-    shutil.copytree(text_folder, folder)
-    shutil.copytree(dit_folder, folder / "dit")
-    shutil.copytree(vae_folder / "vae", folder / "vae")
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler/scheduler_config.json").write_text('{"shift": 12.0}')
-    config = json.loads((folder / "dit/config.json").read_text("utf-8"))
-    config["text_tokens_zero_pad"] = True
-    (folder / "dit/config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny(checkpoint, tmp_path_factory):
-    """A bundle of it for every task, exported only."""
-    frames, height, width = SIZE
-    preset = Preset(name="tiny", frames=frames, height=height, width=width, text_tokens=12, steps=2)
-    options = BuildOptions(
-        model=checkpoint,
-        output=tmp_path_factory.mktemp("bundles") / "tiny",
-        presets=(preset,),
-        tasks=TASKS,
-        cond_frames=5,
-        refine_size=(64, 128),
-        only="export",
-    )
-    return build(options).folder
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
