@@ -134,6 +134,22 @@ def two_size_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
     return output
 
 
+@pytest.fixture(scope="session")
+def long_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What long videos need, of the demo checkpoint at 64x96x13; exported only. Read only."""
+    options = BuildOptions(
+        model=demo_checkpoint,
+        output=tmp_path_factory.mktemp("long") / "bundle",
+        presets=(preset_from("64x96x13"),),
+        tasks=("t2v", "vc", "refine", "refine-vc"),
+        cond_frames=5,
+        refine_size=(64, 128),
+        only="export",
+    )
+    build(options)
+    return options.output
+
+
 @pytest.fixture
 def mount_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """`mount_disk("size=1m")` is a real file system, where this process may mount one."""

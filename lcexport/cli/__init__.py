@@ -18,6 +18,7 @@ from lcexport.cli import (  # noqa: F401
     checkpoint,
     environment,
     generate,
+    long,
     lora,
     qualify,
     refine,
@@ -53,7 +54,10 @@ def main() -> None:
         sys.stderr.write(f"error: {complaint(error)}. See `lcexport --help`.\n")
         sys.exit(UsageError.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("interrupted; an unfinished build continues with --resume\n")
+        sys.stderr.write(
+            "interrupted; an unfinished build continues with --resume, "
+            "and `long` when the same command is run again\n"
+        )
         sys.exit(INTERRUPTED)
     except OSError as error:  # a file that cannot be read, for one
         sys.stderr.write(f"error: {error}\n")

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from lcexport.engines.bundle import Bundle, EngineRecord
 from lcexport.graph.check import Violation
-from lcexport.runtime import Video
+from lcexport.runtime import LongVideo, Video
 from lcexport.show.build import show_stages
 from lcexport.show.console import amount, listed, out, show_fact, show_text, table
 from lcexport.show.lora import lora_text
@@ -149,3 +149,10 @@ def show_video(video: Video, path: Path, contact_sheet: Path | None) -> None:
     if contact_sheet:
         show_text(str(contact_sheet))
     show_text(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in video.timings.items()))
+
+
+def show_long_video(video: LongVideo, path: Path) -> None:
+    """Where a long video is, and where its segments stay."""
+    frames, height, width, _ = video.shape
+    show_text(f"{path}  {width} x {height}, {frames} frames at {video.fps:g}/s")
+    show_text(f"{video.folder}  its segments, no longer needed")
