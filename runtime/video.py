@@ -1,6 +1,6 @@
 """A generated video: frames in memory, and the ways out of memory. F frames of H x W pixels."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
@@ -60,11 +60,8 @@ class Video:
             UsageError: the suffix is not .png.
             ResourceError: the file exists, the disk is full, or no permission.
         """
-        path = Path(path)
-        check_suffix(path, ".png")
-        with new_file(path) as file:
-            self.contact_sheet(columns, count).save(file, format="PNG")
-        return path
+        check_suffix(Path(path), ".png")
+        return save_sheet(self.contact_sheet(columns, count), path)
 
     def contact_sheet(self, columns: int = 4, count: int = 8) -> "Image":
         """`count` evenly spaced frames, first and last included, with their times in seconds.
@@ -72,29 +69,81 @@ class Video:
         Raises:
             UsageError: columns or count below 1.
         """
-        from PIL import Image, ImageDraw
-
         if columns < 1 or count < 1:
             raise UsageError(
                 "a contact sheet needs a frame", got=f"{columns} columns, {count} frames"
             )
-        frames = self.to_uint8()
-        chosen = np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))
-        height, width = frames.shape[1:3]
+        row = evenly_spaced(self.to_uint8(), self.fps, count)
+        return draw_sheet([row.part(i, i + columns) for i in range(0, len(row.labels), columns)])
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A row of a contact sheet: frames uint8 [N, H, W, 3], a label under each, a title above."""
+
+    frames: npt.NDArray[np.uint8]
+    labels: list[str]
+    title: str = ""
+
+    def part(self, first: int, end: int) -> "Row":
+        return Row(self.frames[first:end], self.labels[first:end], self.title)
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Width and height of one picture."""
+        height, width = self.frames.shape[1:3]
         scale = min(1.0, THUMBNAIL_PIXELS / width)
-        cell_w, cell_h = max(1, round(width * scale)), max(1, round(height * scale))
-        step_x, step_y = cell_w + MARGIN_PIXELS, cell_h + LABEL_PIXELS + MARGIN_PIXELS
-        columns = min(columns, len(chosen))
-        rows = -(-len(chosen) // columns)
-        size = (columns * step_x + MARGIN_PIXELS, rows * step_y + MARGIN_PIXELS)
-        sheet = Image.new("RGB", size, "white")
-        draw = ImageDraw.Draw(sheet)
-        for place, index in enumerate(chosen):
-            x = MARGIN_PIXELS + place % columns * step_x
-            y = MARGIN_PIXELS + place // columns * step_y
-            sheet.paste(Image.fromarray(frames[index]).resize((cell_w, cell_h)), (x, y))
-            draw.text((x, y + cell_h + 2), f"{index / self.fps:.2f} s", fill="black")
-        return sheet
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of all of it, with the margins to its right and below."""
+        width, height = self.cell
+        lines = 2 if self.title else 1
+        return (
+            len(self.labels) * (width + MARGIN_PIXELS),
+            height + lines * LABEL_PIXELS + MARGIN_PIXELS,
+        )
+
+
+def evenly_spaced(frames: npt.NDArray[np.uint8], fps: float, count: int, title: str = "") -> Row:
+    """`count` of the frames, first and last included, with their times in seconds."""
+    chosen = np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))
+    return Row(frames[chosen], [f"{index / fps:.2f} s" for index in chosen], title)
+
+
+def draw_sheet(rows: Sequence[Row]) -> "Image":
+    """The rows below each other; their pictures may differ in size and number."""
+    from PIL import Image, ImageDraw
+
+    widths, heights = zip(*(row.size for row in rows), strict=True)
+    sheet = Image.new("RGB", (max(widths) + MARGIN_PIXELS, sum(heights) + MARGIN_PIXELS), "white")
+    draw = ImageDraw.Draw(sheet)
+    y = MARGIN_PIXELS
+    for row in rows:
+        width, height = row.cell
+        top = y + (LABEL_PIXELS if row.title else 0)
+        draw.text((MARGIN_PIXELS, y), row.title, fill="black")
+        for place, (frame, label) in enumerate(zip(row.frames, row.labels, strict=True)):
+            x = MARGIN_PIXELS + place * (width + MARGIN_PIXELS)
+            sheet.paste(Image.fromarray(frame).resize((width, height)), (x, top))
+            draw.text((x, top + height + 2), label, fill="black")
+        y += row.size[1]
+    return sheet
+
+
+def save_sheet(sheet: "Image", path: str | Path) -> Path:
+    """Write a new PNG file, whole or not at all.
+
+    Raises:
+        UsageError: the suffix is not .png.
+        ResourceError: the file exists, the disk is full, or no permission.
+    """
+    path = Path(path)
+    check_suffix(path, ".png")
+    with new_file(path) as file:
+        sheet.save(file, format="PNG")
+    return path
 
 
 def check_target(path: Path, shape: tuple[int, ...]) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from lcexport import cli
 from lcexport.engines import BACKENDS, COMPILED
 from lcexport.engines.trt.probe import ProductState
+from lcexport.runtime import Video
 
 
 @pytest.fixture
@@ -372,6 +374,48 @@ def test_generate_refuses_to_overwrite_before_it_computes(run, demo_bundle, tmp_
     assert code == 4
     assert "will not overwrite" in err
     assert video.read_bytes() == b"mine"
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A short video file."""
+    return Video(torch.rand(5, 32, 48, 3), fps=8).save(tmp_path / "clip=1.mp4")
+
+
+def test_a_contact_sheet_of_several_videos(run, clip, tmp_path):
+    sheet = tmp_path / "sheet.png"
+    code, out, err = run("contact-sheet", sheet, f"one={clip}", f"a second={clip}", "--count", 3)
+    assert (code, out.strip(), err) == (0, str(sheet), "")
+    assert Image.open(sheet).size == (3 * (48 + 6) + 6, 2 * (32 + 2 * 16 + 6) + 6)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["x.png", "{clip}"], 3, "1.mp4 is missing"),  # what stands before = is the label
+        (["x.png", "clip"], 2, "wanted name=value"),
+        (["x.png", "a={clip}", "a={clip}"], 2, "name=value, once"),
+        (["x.png", "a=no.mp4"], 3, "no.mp4 is missing"),
+        (["x.png", "a=words.mp4"], 3, "words.mp4"),
+        (["x.jpg", "a={clip}"], 2, "wanted something.png"),
+        (["clip=1.mp4", "a={clip}"], 2, "wanted something.png"),
+        (["here.png", "a={clip}"], 4, "will not overwrite"),
+        (["no/x.png", "a={clip}"], 2, "no such folder; got no"),
+        (["x.png", "a={clip}", "--count", "0"], 2, "--count"),
+        (["x.png"], 2, "LABEL=VIDEO"),
+    ],
+)
+def test_a_bad_contact_sheet_is_one_error_and_leaves_no_file(
+    run, clip, tmp_path, monkeypatch, words, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("words.mp4", "here.png"):
+        (tmp_path / name).write_text("not a video")
+    before = sorted(tmp_path.iterdir())
+    found, out, err = run("contact-sheet", *(word.format(clip=clip.name) for word in words))
+    assert message in err
+    assert (found, out, len(err.splitlines())) == (code, "", 1)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_damaged_bundle_is_exit_8_and_a_missing_one_too(run, demo_bundle, tmp_path):

@@ -16,6 +16,7 @@ from lcexport.cli import (  # noqa: F401
     build,
     bundle,
     checkpoint,
+    contact_sheet,
     environment,
     generate,
     long,

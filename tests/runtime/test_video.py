@@ -7,6 +7,7 @@ import torch
 
 from lcexport.configs.errors import ResourceError, UsageError
 from lcexport.runtime import Video
+from lcexport.runtime.video import draw_sheet, evenly_spaced
 
 
 def make_video(frames: int = 9, height: int = 32, width: int = 48, fps: float = 8) -> Video:
@@ -97,3 +98,16 @@ def test_contact_sheet_shrinks_large_frames_and_repeats_none():
 def test_contact_sheet_needs_a_frame(arguments):
     with pytest.raises(UsageError, match="contact sheet"):
         make_video().contact_sheet(**arguments)
+
+
+def test_rows_of_a_contact_sheet_may_differ_in_size_and_number():
+    frames = make_video(frames=5, height=32, width=48).to_uint8()
+    wide = make_video(frames=2, height=20, width=100).to_uint8()
+    rows = [evenly_spaced(frames, 8, 3, "first"), evenly_spaced(wide, 8, 6, "second")]
+    assert [row.labels for row in rows] == [["0.00 s", "0.25 s", "0.50 s"], ["0.00 s", "0.12 s"]]
+    sheet = draw_sheet(rows)
+    assert sheet.size == (2 * (100 + 6) + 6, (32 + 32 + 6) + (20 + 32 + 6) + 6)
+    titles = [np.asarray(sheet)[y : y + 16, 6:60] for y in (6, 76)]
+    assert [title.min() < 100 for title in titles] == [True, True]  # something is written there
+    assert not np.array_equal(titles[0], titles[1])
+    assert sheet.getpixel((6 + 106 + 50, 76 + 16 + 10)) == (255, 128, 64)  # the last picture
