@@ -20,20 +20,23 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
-from lcexport.dit.sparse import Sparsity, block_sparse_attention
+from lcexport.dit.sparse import Grid, Sparsity, block_sparse_attention
 from lcexport.graph.sparse import SIZES, sparse_functions
 
 FORMS = ("torch-dense", "torch-sparse", "ort-dense", "ort-sparse")
-CHUNK = 64
 
 
-def sparse_model(shape: tuple[int, ...], grid: tuple[int, ...], sparsity: Sparsity) -> bytes:
-    """One call of the graph's functions."""
+def sparse_model(
+    shape_q: tuple[int, ...], shape_k: tuple[int, ...], grid_q: Grid, grid_k: Grid, how: Sparsity
+) -> bytes:
+    """One call of the graph's functions: q, k, v -> o."""
     kind = ir.TensorType(ir.DataType.FLOAT)
-    q, k, v, out = (ir.Value(name=n, shape=ir.Shape(shape), type=kind) for n in "qkvo")
-    kept = sparsity.kept(math.prod(grid) // CHUNK)
-    sizes = zip(SIZES, (grid, grid, sparsity.chunk_q, sparsity.chunk_k), strict=True)
-    attributes = [*(ir.AttrInt64s(*size) for size in sizes), ir.AttrInt64("kept", kept)]
+    shapes = {"q": shape_q, "k": shape_k, "v": shape_k, "o": shape_q}
+    q, k, v, out = (ir.Value(name=n, shape=ir.Shape(s), type=kind) for n, s in shapes.items())
+    chunks = math.prod(grid_k) // math.prod(how.chunk_k)
+    sizes = zip(SIZES, (grid_q, grid_k, how.chunk_q, how.chunk_k), strict=True)
+    attributes = [ir.AttrInt64s(*size) for size in sizes]
+    attributes.append(ir.AttrInt64("kept", how.kept(chunks)))
     node = ir.Node("lcexport", "BlockSparseAttention", [q, k, v], attributes, outputs=[out])
     opsets = {"": 23, "lcexport": 1}
     graph = ir.Graph([q, k, v], [out], nodes=[node], opset_imports=opsets, name="one")
@@ -63,7 +66,11 @@ def measure(form: str, tokens: int, heads: int, dim: int) -> dict[str, object]:
     elif form == "torch-sparse":
         call = lambda: block_sparse_attention(q, k, v, grid, grid, sparsity)  # noqa: E731
     else:
-        model = sparse_model(shape, grid, sparsity) if form == "ort-sparse" else dense_model(shape)
+        model = (
+            sparse_model(shape, shape, grid, grid, sparsity)
+            if form == "ort-sparse"
+            else dense_model(shape)
+        )
         session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
         call = lambda: session.run(None, arrays)  # noqa: E731
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
