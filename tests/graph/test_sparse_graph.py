@@ -143,7 +143,7 @@ def test_a_whole_sparse_dit(dit_folder, make_weights, cond):
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     feeds = dict(zip(names, (tensor.numpy() for tensor in given), strict=True))
     out = torch.from_numpy(session.run(None, feeds)[0])
-    wanted = dit(*given, cond, SMALL)
+    wanted = dit(*given, cond, sparse=SMALL)
     torch.testing.assert_close(out, wanted, atol=2e-5, rtol=0)
     assert (wanted - dit(*given, cond)).abs().max() > 1e-2
 
