@@ -120,6 +120,44 @@ def test_a_shared_plan_holds_no_weight(shared, compiled):
     assert sizes[0] < sizes[1] - 0.9 * weights
 
 
+@pytest.fixture(scope="module")
+def every_task(compiled_options: BuildOptions, tmp_path_factory) -> Path:
+    """The other tasks: continuation and refinement over shared weights, i2v with its own inside."""
+    options = compiled_options.model_copy(
+        update={
+            "output": tmp_path_factory.mktemp("tasks") / "bundle", "tasks": ("vc", "refine"),
+            "cond_frames": 5, "refine_size": (64, 128), "weights": "shared", "segments": 0,
+            "ep_context": False,
+        }
+    )  # fmt: skip
+    build(options)
+    build(options.model_copy(update={"tasks": ("i2v",), "weights": "inside", "add": True}))
+    return options.output
+
+
+@pytest.mark.parametrize(
+    ("task", "plans", "attentions"),
+    [
+        ("vc.cache", ["cacheembed", "cacheblock", "cachelast"], [0, 1, 0]),
+        ("vc", ["embed", "block", "final"], [0, 2, 0]),
+        ("refine", ["embed", "block", "final"], [0, 2, 0]),
+        ("i2v", ["00"], [4 * 3]),  # per block: of the clean frame, of the others, of the text
+    ],
+)
+def test_every_tasks_graph_compiles(every_task, task, plans, attentions):
+    engine = open_bundle(every_task, every_hash=True).manifest.engines[BACKEND][f"{SIZE}.{task}"]
+    assert [Path(plan.file).stem for plan in engine.plans] == plans
+    assert [plan.attentions for plan in engine.plans] == attentions
+
+
+def test_what_the_caches_plans_make_enters_the_continuations(every_task):
+    engines = open_bundle(every_task).manifest.engines[BACKEND]
+    made = {t.name: (t.shape, t.dtype) for t in engines[f"{SIZE}.vc.cache"].plans[1].outputs}
+    used = {t.name: (t.shape, t.dtype) for t in engines[f"{SIZE}.vc"].plans[1].inputs}
+    for name in ("key", "value"):
+        assert made[name] == used[f"cached_{name}"]
+
+
 def test_a_plan_is_not_run_where_there_is_no_gpu(compiled):
     for device in ("cpu", "cuda"):
         with pytest.raises(IncompatibleError, match="NVIDIA GPU"):
