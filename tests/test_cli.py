@@ -400,7 +400,7 @@ def test_a_contact_sheet_of_several_videos(run, clip, tmp_path):
         (["x.jpg", "a={clip}"], 2, "wanted something.png"),
         (["clip=1.mp4", "a={clip}"], 2, "wanted something.png"),
         (["here.png", "a={clip}"], 4, "will not overwrite"),
-        (["no/x.png", "a={clip}"], 2, "no such folder; got no"),
+        (["no/x.png", "a={clip}"], 4, "no such folder; got no"),
         (["x.png", "a={clip}", "--count", "0"], 2, "--count"),
         (["x.png"], 2, "LABEL=VIDEO"),
     ],
