@@ -10,7 +10,13 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH  := torch==2.13.0
 RTX    := .[tensorrt-rtx]
+# Small, so that a laptop's processor decodes all the demo's videos in a minute.
+DEMO   := --res 96x144x9 --task t2v,i2v,vc,refine --cond-frames 5 --refine-size 128x192
 PROMPT := a paper boat drifts down a rainy street at night
+define LAST_FRAME
+from PIL import Image; from lcexport.runtime.media import read_video; \
+Image.fromarray(read_video('demo/text.mp4')[0][-1]).save('demo/image.png')
+endef
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types layers wheel clean
@@ -40,22 +46,30 @@ $(VENV)/dev.stamp: $(VENV)/torch.stamp
 	@$(PIP) install -e ".[dev]"
 	@touch $(VENV)/run.stamp $@
 
-demo: $(VENV)/run.stamp $(VENV)/rtx.stamp  ## a small checkpoint, its bundles, and a video, in demo/
-	@rm -rf demo/checkpoint demo/bundle demo/bundle.building demo/video.mp4 demo/contact-sheet.png \
-	    demo/bundle-rtx demo/bundle-rtx.building
+demo: $(VENV)/run.stamp $(VENV)/rtx.stamp  ## a small checkpoint, its bundles, and videos, in demo/
+	@rm -rf $(addprefix demo/,checkpoint bundle bundle.building bundle-rtx bundle-rtx.building \
+	    text.mp4 image.png image.mp4 continuation.mp4 refined.mp4 contact-sheet.png)
 	@mkdir -p demo
 	@echo "1/5 a small checkpoint with random weights"
 	@$(BIN)/lcexport demo-checkpoint demo/checkpoint
-	@echo "2/5 from the checkpoint to a bundle"
-	@$(BIN)/lcexport build --model demo/checkpoint --res demo -o demo/bundle
+	@echo "2/5 from the checkpoint to a bundle for text, images, continuation and refinement"
+	@$(BIN)/lcexport build --model demo/checkpoint $(DEMO) -o demo/bundle
 	@echo "3/5 the bundle against its golden outputs"
 	@$(BIN)/lcexport verify demo/bundle
-	@echo "4/5 from a prompt to a video"
-	@$(BIN)/lcexport generate demo/bundle --res demo --prompt "$(PROMPT)" \
-	    --out demo/video.mp4 --contact-sheet demo/contact-sheet.png
-	@echo "5/5 the same checkpoint in bf16, compiled for RTX cards on this processor"
+	@echo "4/5 videos: from a prompt, from an image, from a video, and one refined"
+	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --out demo/text.mp4
+	@$(BIN)/python -c "$(LAST_FRAME)"
+	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --image demo/image.png \
+	    --out demo/image.mp4
+	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --video demo/text.mp4 \
+	    --out demo/continuation.mp4
+	@$(BIN)/lcexport refine demo/bundle demo/text.mp4 --prompt "$(PROMPT)" --out demo/refined.mp4
+	@$(BIN)/lcexport contact-sheet demo/contact-sheet.png "text to video=demo/text.mp4" \
+	    "image to video=demo/image.mp4" "continuation=demo/continuation.mp4" \
+	    "refined: larger, twice the frames=demo/refined.mp4"
+	@echo "5/5 the same graphs in bf16, compiled for RTX cards on this processor"
 	@if [ -e $(VENV)/rtx.stamp ]; then \
-	    $(BIN)/lcexport build --model demo/checkpoint --res demo --precision bf16 \
+	    $(BIN)/lcexport build --model demo/checkpoint $(DEMO) --precision bf16 --only compile \
 	        --backend tensorrt-rtx -o demo/bundle-rtx && \
 	    $(BIN)/lcexport inspect demo/bundle-rtx; \
 	else \
@@ -65,14 +79,14 @@ demo: $(VENV)/run.stamp $(VENV)/rtx.stamp  ## a small checkpoint, its bundles, a
 	    "  checkpoint      demo/checkpoint/" \
 	    "  bundle          demo/bundle/" \
 	    "  RTX bundle      $$(ls -d demo/bundle-rtx 2>/dev/null || echo skipped)" \
-	    "  video           demo/video.mp4" \
+	    "  videos          demo/text.mp4, image.mp4, continuation.mp4, refined.mp4" \
 	    "  contact sheet   demo/contact-sheet.png" "" \
-	    "The weights are random: the video shows that the pieces fit, not what the model can paint." \
+	    "The weights are random: the videos show that the pieces fit, not what the model can paint." \
 	    "Next:" "" \
 	    "  $(BIN)/lcexport doctor" \
 	    "  $(BIN)/lcexport inspect demo/bundle" \
 	    "  $(BIN)/lcexport verify demo/bundle --level video" \
-	    "  $(BIN)/lcexport build --res 160x256x9 --add -o demo/bundle" \
+	    "  $(BIN)/lcexport build --res demo --add -o demo/bundle" \
 	    "  $(BIN)/lcexport plan --model demo/checkpoint --res 480p,720p --only export"
 
 test: $(VENV)/dev.stamp  ## all tests that need no GPU
