@@ -11,7 +11,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH  := torch==2.13.0
 RTX    := .[tensorrt-rtx]
 # Small, so that a laptop's processor decodes all the demo's videos in a minute.
-DEMO   := --res 96x144x9 --task t2v,i2v,vc,refine --cond-frames 5 --refine-size 128x192
+SIZE   := 96x144x9
+DEMO   := --res $(SIZE) --task t2v,i2v,vc,refine --cond-frames 5 --refine-size 128x192
 PROMPT := a paper boat drifts down a rainy street at night
 define LAST_FRAME
 from PIL import Image; from lcexport.runtime.media import read_video; \
@@ -57,12 +58,12 @@ demo: $(VENV)/run.stamp $(VENV)/rtx.stamp  ## a small checkpoint, its bundles, a
 	@echo "3/5 the bundle against its golden outputs"
 	@$(BIN)/lcexport verify demo/bundle
 	@echo "4/5 videos: from a prompt, from an image, from a video, and one refined"
-	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --out demo/text.mp4
+	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --res $(SIZE) --out demo/text.mp4
 	@$(BIN)/python -c "$(LAST_FRAME)"
 	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --image demo/image.png \
-	    --out demo/image.mp4
+	    --res $(SIZE) --out demo/image.mp4
 	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --video demo/text.mp4 \
-	    --out demo/continuation.mp4
+	    --res $(SIZE) --out demo/continuation.mp4
 	@$(BIN)/lcexport refine demo/bundle demo/text.mp4 --prompt "$(PROMPT)" --out demo/refined.mp4
 	@$(BIN)/lcexport contact-sheet demo/contact-sheet.png "text to video=demo/text.mp4" \
 	    "image to video=demo/image.mp4" "continuation=demo/continuation.mp4" \
