@@ -58,12 +58,12 @@ demo: $(VENV)/run.stamp $(VENV)/rtx.stamp  ## a small checkpoint, its bundles, a
 	@echo "3/5 the bundle against its golden outputs"
 	@$(BIN)/lcexport verify demo/bundle
 	@echo "4/5 videos: from a prompt, from an image, from a video, and one refined"
-	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --res $(SIZE) --out demo/text.mp4
+	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --res $(SIZE) --steps 8 --out demo/text.mp4
 	@$(BIN)/python -c "$(LAST_FRAME)"
 	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --image demo/image.png \
-	    --res $(SIZE) --out demo/image.mp4
+	    --res $(SIZE) --steps 8 --out demo/image.mp4
 	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --video demo/text.mp4 \
-	    --res $(SIZE) --out demo/continuation.mp4
+	    --res $(SIZE) --steps 8 --out demo/continuation.mp4
 	@$(BIN)/lcexport refine demo/bundle demo/text.mp4 --prompt "$(PROMPT)" --out demo/refined.mp4
 	@$(BIN)/lcexport contact-sheet demo/contact-sheet.png "text to video=demo/text.mp4" \
 	    "image to video=demo/image.mp4" "continuation=demo/continuation.mp4" \
