@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -304,7 +305,7 @@ def test_a_given_video_is_the_beginning(pipe, calls, clip, tmp_path):
 
 
 def test_frames_can_be_handed_on_unrounded(pipe, made, calls, tmp_path):
-    options = {"segments": 2, "seed": 3, "steps": STEPS}
+    options: dict[str, Any] = {"segments": 2, "seed": 3, "steps": STEPS}
     exact = generate_long(pipe, "a cat", tmp_path / "a", uint8=False, **options)
     rounded = generate_long(pipe, "a cat", tmp_path / "b", **options)
     first, second = (file_frames(exact, number) for number in range(2))
@@ -322,7 +323,7 @@ def test_frames_can_be_handed_on_unrounded(pipe, made, calls, tmp_path):
 
 
 def test_an_unrounded_video_continues_too(pipe, tmp_path):
-    options = {"segments": 2, "steps": STEPS, "uint8": False}
+    options: dict[str, Any] = {"segments": 2, "steps": STEPS, "uint8": False}
     whole = generate_long(pipe, "a cat", tmp_path / "a", **options)
     with pytest.raises(KeyboardInterrupt):
         generate_long(pipe, "a cat", tmp_path / "b", on_segment=stop_after(1), **options)
