@@ -15,7 +15,7 @@ from lcexport.configs.errors import ResourceError
 from lcexport.configs.tasks import Job
 from lcexport.engines.host import available_memory_bytes
 from lcexport.engines.trt.compile import build_bytes
-from lcexport.flops import job_flops
+from lcexport.flops import job_flops, share_saved
 from lcexport.graph.segments import propose_segments
 
 GRAPH_BYTES = 2 << 20  # one graph, generously: 0.6 MB were seen for 48 blocks
@@ -39,6 +39,7 @@ class SizePlan:
     tokens: int
     flops_per_forward: int
     flops_per_step: int  # guidance runs the DiT twice; refinement has none, nor has a cache
+    flops_saved: float  # the share that block-sparse attention leaves out; 0 where it is dense
     activation_bytes: int
     attention_scores_bytes: int  # kept by an engine without fused attention; 0 elsewhere
     cache_bytes: int  # keys and values of clean frames
@@ -157,7 +158,9 @@ def stage_names(options: BuildOptions, jobs: Iterable[Job]) -> list[str]:
 
 def size_plan(config: DiTConfig, job: Job, options: BuildOptions) -> SizePlan:
     """Shapes, FLOPs and memory of one graph."""
-    flops = job_flops(config, job).total
+    operations = job_flops(config, job)
+    dense = job_flops(config, job.model_copy(update={"sparse": False}))
+    flops = operations.total
     guided = job.part == "denoise" and job.refinement is None
     element = ELEMENT_BYTES[options.precision]
     # Alive at once in the feed-forward: residual and its float32 copy, input, two hidden maps.
@@ -178,6 +181,7 @@ def size_plan(config: DiTConfig, job: Job, options: BuildOptions) -> SizePlan:
         tokens=job.tokens,
         flops_per_forward=flops,
         flops_per_step=(1 + guided) * flops,
+        flops_saved=share_saved(dense, operations),
         activation_bytes=options.batch * job.tokens * width,
         attention_scores_bytes=scores,
         cache_bytes=options.batch * cache_bytes(config, job, element),

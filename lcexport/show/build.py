@@ -7,7 +7,7 @@ from lcexport.show.console import amount, out, show_fact, show_text, table
 
 def show_plan(plan: Plan) -> None:
     """Sizes, FLOPs and memory of a build that was not run."""
-    sizes = table("Graphs", "name", ">pixels", ">frames", ">latents", ">tokens", ">PFLOP/step")
+    sizes = table("Graphs", "name", ">pixels", ">frames", ">latents", ">tokens", ">PFLOP/step", ">saved")
     for size in plan.sizes:
         sizes.add_row(
             size.graph,
@@ -16,6 +16,7 @@ def show_plan(plan: Plan) -> None:
             "x".join(str(dim) for dim in size.latent_shape),
             f"{size.tokens:,}",
             f"{size.flops_per_step / 1e15:.4g}",
+            f"{size.flops_saved:.0%}" if size.flops_saved else "",
         )
     needs = table("Needs", "what", ">needed", ">free")
     needs.add_row("disk", amount(plan.disk_needed_bytes), amount(plan.disk_free_bytes))

@@ -10,7 +10,7 @@ from lcexport.builder import BuildOptions, build, default_output, make_plan, pla
 from lcexport.builder.options import default_model
 from lcexport.checkpoint import open_checkpoint
 from lcexport.configs import preset_from
-from lcexport.configs.dit import DiTConfig
+from lcexport.configs.dit import BlockSparseParams, DiTConfig
 from lcexport.configs.errors import ResourceError
 from lcexport.engines.bundle import WEIGHTS
 
@@ -188,3 +188,18 @@ def test_default_names(tmp_path, monkeypatch):
     assert default_model() == tmp_path
     monkeypatch.delenv("LCEXPORT_MODEL")
     assert default_model().as_posix() == "weights/LongCat-Video"
+
+
+def test_a_sparse_refinement_says_what_it_saves(options):
+    sparse = RELEASED.model_copy(update={"bsa_params": BlockSparseParams()})
+    asked = options.model_copy(update={"presets": (preset_from("480p"),), "tasks": ("refine",)})
+    ((saving,), (dense,)) = (
+        [plan.size_plan(config, job, asked) for job in asked.jobs(config)]
+        for config in (sparse, RELEASED)
+    )
+    assert (saving.graph, saving.height, saving.width) == ("480p.refine", 704, 1280)
+    assert saving.latent_shape == dense.latent_shape == (1, 16, 48, 88, 160)
+    assert dense.flops_saved == 0
+    share = 1 - saving.flops_per_step / dense.flops_per_step
+    assert saving.flops_saved == pytest.approx(share)
+    assert 0.7 < share < 0.9  # 15/16 of the scores of 168,960 tokens
