@@ -7,7 +7,9 @@ from lcexport.show.console import amount, out, show_fact, show_text, table
 
 def show_plan(plan: Plan) -> None:
     """Sizes, FLOPs and memory of a build that was not run."""
-    sizes = table("Graphs", "name", ">pixels", ">frames", ">latents", ">tokens", ">PFLOP/step", ">saved")
+    sizes = table(
+        "Graphs", "name", ">pixels", ">frames", ">latents", ">tokens", ">PFLOP/step", ">saved"
+    )
     for size in plan.sizes:
         sizes.add_row(
             size.graph,
