@@ -155,7 +155,10 @@ def serialize(
     config: TensorRT.IBuilderConfig,
     sink: PlanSink,
 ) -> bool:
-    """Compile into `sink`, in pieces where the product can: a plan is as large as its weights."""
+    """Compile into `sink`, in pieces: a plan is as large as its weights.
+
+    In one piece where the module cannot do that; every accepted version can.
+    """
     if hasattr(builder, "build_serialized_network_to_stream"):
         writer = writer_for(product, sink)
         return builder.build_serialized_network_to_stream(network, config, writer)

@@ -188,6 +188,7 @@ def torch_dtype(trt: TensorRT, dtype: TensorRT.DataType) -> torch.dtype:
         trt.DataType.FLOAT: torch.float32,
         trt.DataType.HALF: torch.float16,
         trt.DataType.BF16: torch.bfloat16,
+        trt.DataType.INT8: torch.int8,
         trt.DataType.INT32: torch.int32,
         trt.DataType.INT64: torch.int64,
         trt.DataType.BOOL: torch.bool,

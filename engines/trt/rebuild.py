@@ -6,7 +6,8 @@ from lcexport.configs.tasks import build_words
 from lcexport.engines.bundle import EngineRecord, Manifest
 from lcexport.engines.trt.options import TrtOptions
 
-# An EPContext model takes none of these: ONNX Runtime fills no plan and runs no plan's own code.
+# lcexport wraps none of these: it sets no option of ONNX Runtime that fills a plan or lets it run
+# code of its own.
 NOT_WRAPPED = frozenset({"strip_plan", "version_compatible"})
 
 

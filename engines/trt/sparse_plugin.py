@@ -1,7 +1,8 @@
 """The kernel of block-sparse attention as an ahead-of-time plugin of TensorRT 10.14 or newer.
 
-NOT EXECUTED: written against the Python sources of `tensorrt.plugin` 10.16.1 and 11.4.0, and tested
-with a stand-in for them. What is real in the tests is the kernel, compiled to PTX.
+NOT EXECUTED by TensorRT. The real `tensorrt.plugin` of 10.14.1, 10.16.1 and 11.4.0 takes its
+functions (`tests/tensorrt_api/test_plugin.py`, over a stand-in for the native registry), and the
+kernel is compiled to PTX; no engine was built with it.
 
 An ahead-of-time plugin is one kernel, so it replaces `lcexport::KeptChunksAttention`, the function
 inside block-sparse attention that takes chunks and the list of those kept; the gate stays in

@@ -7,8 +7,8 @@ scores, nor all the gathered keys: the largest values are the gate's scores, a 4
 chunks of 64, and one step's keys, the kept share of all keys.
 
 `KeptChunksAttention` is what a TensorRT plugin replaces (`lcexport.engines.trt.sparse_plugin`):
-its inputs say everything, so it has no attributes but the plugin's namespace, without which the
-parser prefers the function. Graphs are static: sizes are constants of the functions, and there is
+its inputs say everything, so it has no attributes but the plugin's namespace, without which newer
+parsers prefer the function. Graphs are static: sizes are constants of the functions, and there is
 one function for each kind of call (with conditioning latents a block has two).
 """
 

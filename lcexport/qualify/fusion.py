@@ -16,7 +16,7 @@ from lcexport.qualify.subject import Subject
 
 FUSED = Claim(
     "fused-attention",
-    "Every attention runs as one fused kernel, so that no score is ever stored.",
+    "Every dense attention runs as one fused kernel, so that none of its scores is ever stored.",
     "Kernels with mha in their name, counted by the engine's inspector, plan by plan.",
 )
 ISLANDS = Claim(
@@ -64,7 +64,7 @@ def fused(record: EngineRecord, plans: list[EngineLayers]) -> Result:
         "layers": sum(len(plan.layers) for plan in plans),
         "kernels": kernels[:SHOWN],
     }
-    return judged(FUSED, found == wanted, f"{sum(wanted)}: two for each block", got)
+    return judged(FUSED, found == wanted, f"{sum(wanted)}: one for each dense attention", got)
 
 
 def float32(plans: list[EngineLayers], nodes: frozenset[str]) -> Result:

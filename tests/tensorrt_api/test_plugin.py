@@ -52,7 +52,7 @@ except IncompatibleError as error:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["11.4.0.106", "10.16.1.11"])
+@pytest.mark.parametrize("version", ["11.4.0.106", "10.16.1.11", "10.14.1.48.post1"])
 def test_the_real_plugin_module_takes_it(version, tmp_path):
     unpack_bindings(tmp_path, version)
     make_shim(tmp_path, version.partition(".")[0])

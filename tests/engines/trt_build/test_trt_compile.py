@@ -101,8 +101,10 @@ def test_an_unknown_target_is_refused(compile_dit):
         compile_dit(compute_capabilities=("sm90",))
 
 
-@pytest.mark.parametrize("width", [264, 384])
-def test_a_head_too_wide_to_fuse_is_refused_with_its_layer(compile_text, width, tmp_path: Path):
+@pytest.mark.parametrize("width", [8, 257, 264, 384])
+def test_a_head_of_a_width_that_does_not_fuse_is_refused_with_its_layer(
+    compile_text, width, tmp_path: Path
+):
     tensor = f"bfloat16[1,2,64,{width}]"
     node = "[wide] y = Attention <scale = 1.0> (q, k, v)"
     text = f"g ({tensor} q, {tensor} k, {tensor} v) => ({tensor} y) {{ {node} }}"

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from trt_plans import plan_file
 
+from lcexport.builder import BuildOptions, build
 from lcexport.builder.compile import call_records, part_units
 from lcexport.compare import STEP_TOLERANCE, difference
+from lcexport.configs import preset_from
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
 from lcexport.engines.bundle import (
     Bundle,
@@ -25,7 +27,7 @@ from lcexport.engines.trt.backend import engine_from, run_options
 from lcexport.engines.trt.memory import Workspace
 from lcexport.engines.trt.reader import Here, this_platform
 from lcexport.engines.trt.runtime import RunOptions
-from lcexport.golden import BRANCHES, branch_inputs, read_golden, run_branch
+from lcexport.golden import BRANCHES, branch_inputs, golden_inputs, read_golden, run_branch
 from lcexport.graph.parts import parts_of
 
 SIZE, OTHER = "64x96x9", "96x64x9"
@@ -58,16 +60,15 @@ def compiled(bundle: Bundle, resolution: str, double, folder: Path) -> EngineRec
     )
 
 
-@pytest.fixture
-def bundle(two_size_bundle, double, tmp_path) -> Bundle:
-    """The same with plans of the double for both, over the same files."""
-    opened = open_bundle(two_size_bundle)
-    folder = tmp_path / "bundle"
+def with_plans(source: Path, double, folder: Path) -> Bundle:
+    """A bundle with plans of the double for every graph, over the same files."""
+    opened = open_bundle(source)
     folder.mkdir()
-    for path in two_size_bundle.iterdir():
+    for path in source.iterdir():
         (folder / path.name).symlink_to(path)
     opened.folder = folder
-    records = {name: compiled(opened, name, double, folder) for name in (SIZE, OTHER)}
+    graphs = opened.manifest.graphs
+    records = {name: compiled(opened, name, double, folder) for name in graphs}
     files = dict(opened.manifest.files)
     for record in records.values():
         for plan in record.plans:
@@ -75,6 +76,11 @@ def bundle(two_size_bundle, double, tmp_path) -> Bundle:
             files[plan.file] = FileRecord(bytes=made.bytes, sha256=made.sha256)
     update = {"engines": {"tensorrt": records}, "files": files}
     return Bundle(folder, opened.manifest.model_copy(update=update))
+
+
+@pytest.fixture
+def bundle(two_size_bundle, double, tmp_path) -> Bundle:
+    return with_plans(two_size_bundle, double, tmp_path / "bundle")
 
 
 @pytest.fixture
@@ -101,6 +107,27 @@ def test_it_computes_what_onnx_runtime_computes(bundle, open_size, size):
             torch.testing.assert_close(found, run_branch(reference, golden, branch))
             error = difference(found, golden[f"velocity_{branch}"])
             assert STEP_TOLERANCE["fp32"].holds(error)
+
+
+def test_integers_are_handed_in_as_they_are_stored(
+    demo_checkpoint, double, product, workspace, tmp_path
+):
+    source = tmp_path / "int8"
+    options = BuildOptions(
+        model=demo_checkpoint, output=source, presets=(preset_from(SIZE),), only="export",
+        weights_dtype="int8",
+    )  # fmt: skip
+    build(options)
+    bundle = with_plans(source, double, tmp_path / "bundle")
+    with (
+        OrtEngine(bundle.path(f"dit.{SIZE}.onnx")) as reference,
+        engine_from(product, HERE, bundle, SIZE, workspace) as engine,
+    ):
+        weights = engine.shared_weights.tensors
+        assert weights["blocks.0.ffn.w1.weight_int8"].dtype == torch.int8
+        golden = golden_inputs(reference)
+        wanted = run_branch(reference, golden, "cond")
+        torch.testing.assert_close(run_branch(engine, golden, "cond"), wanted)
 
 
 def test_plans_that_were_built_elsewhere_say_how_to_build_the_same_here(bundle, product, workspace):
