@@ -67,6 +67,8 @@ class DiTConfig(BaseModel):
     text_tokens_zero_pad: bool = False
     # What block-sparse attention is to be like where it is used, not that it is used.
     bsa_params: BlockSparseParams | None = None
+    # Whether every task uses it; the released file says false, and refinement turns it on.
+    enable_bsa: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -11,13 +11,14 @@
 A task is a graph, except `vc`, which is two: one makes the cache, the other uses it.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from lcexport.configs import (
     LATENT_CHANNELS,
     PATCH,
+    PIXEL_MULTIPLE,
     SPATIAL_STRIDE,
     TEMPORAL_STRIDE,
     Preset,
@@ -127,9 +128,10 @@ def build_words(job: Job) -> list[str]:
         return words
     words += ["--task", job.task]
     refines = job.refinement is not None
-    if job.task.endswith("vc") or job.task == "vc-uncached":
-        doubled = refines and job.task.startswith("refine")
-        words += ["--cond-frames", str(job.cond_frames // 2 if doubled else job.cond_frames)]
+    if job.task in ("vc", "vc-uncached"):
+        words += ["--cond-frames", str(job.cond_frames)]
+    if job.task.endswith("-vc"):
+        words += ["--refine-cond-frames", str(job.cond_frames)]
     if refines:
         words += ["--refine-size", f"{job.height}x{job.width}"]
     return words
@@ -162,7 +164,9 @@ def jobs_for(
     *,
     cond_frames: int = COND_FRAMES,
     refine_size: tuple[int, int] | None = None,
+    refine_cond_frames: int | None = None,
     sparse: bool = False,
+    all_sparse: bool = False,
 ) -> tuple[Job, ...]:
     """The graphs that a task needs at a size, in the order they are used.
 
@@ -170,17 +174,33 @@ def jobs_for(
         cond_frames: frames a continuation starts from.
         refine_size: (height, width) of refined videos; the 720p bucket of the preset's shape
             where None.
+        refine_cond_frames: refined frames that a refinement starts from; where None as many as
+            show what the continuation started from.
         sparse: make the refinement's self-attention block-sparse.
+        all_sparse: and that of the other tasks, but for the cached one.
 
     Raises:
         UsageError: a size or a number of frames that the task cannot take.
     """
     kind, _, after = task.partition("-")
     if kind in ("refine", "spatial"):
-        count = {"": 0, "i2v": 1, "vc": cond_frames * (2 if kind == "refine" else 1)}[after]
+        doubled = cond_frames * (2 if kind == "refine" else 1)
+        count = {"": 0, "i2v": 1, "vc": refine_cond_frames or doubled}[after]
         return (refine_job(preset, task, count, refine_size, sparse),)
-    size = {"preset": preset, "task": task, "height": preset.height, "width": preset.width}
+    size: dict[str, Any] = {
+        "preset": preset,
+        "task": task,
+        "height": preset.height,
+        "width": preset.width,
+    }
     frames = preset.latent_frames
+    if task != "vc":
+        size["sparse"] = all_sparse
+    elif all_sparse:
+        raise UsageError(
+            "a continuation with a cache has no block-sparse attention",
+            do="Build vc-uncached, or use --dense.",
+        )
     if task == "t2v":
         return (Job(**size, latent_frames=frames),)
     count = 1 if task == "i2v" else cond_frames
@@ -195,6 +215,12 @@ def jobs_for(
 
 def clean_latents(preset: Preset, cond_frames: int) -> int:
     """Latent frames of this many frames of video; UsageError where nothing is left to generate."""
+    if (cond_frames - 1) % TEMPORAL_STRIDE:
+        raise UsageError(
+            "the VAE takes frames in fours after the first, and would leave out the last ones",
+            got=f"{cond_frames} frames",
+            wanted="4k+1, such as 13",
+        )
     clean = 1 + (cond_frames - 1) // TEMPORAL_STRIDE
     if not cond_frames >= 1 or clean >= preset.latent_frames:
         raise UsageError(
@@ -210,11 +236,13 @@ def refine_job(
 ) -> Job:
     """The graph of a refinement, whose latents are padded to whole groups of four frames."""
     height, width = size or bucket("720p", preset.height, preset.width, REFINE_SCALE)
-    if height % REFINE_SCALE or width % REFINE_SCALE:
+    multiple = REFINE_SCALE if sparse else PIXEL_MULTIPLE
+    if height % multiple or width % multiple:
         raise UsageError(
-            "refined videos have sides in multiples of 64 pixels",
+            f"refined videos have sides in multiples of {multiple} pixels",
             got=f"{height}x{width}",
-            do="For example --refine-size 704x1280.",
+            do="For example --refine-size 704x1280"
+            + (", or --dense for multiples of 16." if sparse else "."),
         )
     shape = RefineShape(preset.frames, cond_frames, task.startswith("spatial"))
     return Job(

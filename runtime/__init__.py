@@ -8,6 +8,9 @@
 pipeline.py   load, Pipeline: the three stages in order
 checks.py     what load makes sure of first
 request.py    the arguments of one generation, checked; the initial noise
+components.py engines, text encoder and VAE, opened once
+conditioning.py  what a generation starts from beside text; cache.py: as keys and values
+refining.py   finished videos, larger and longer
 text.py       prompt -> UMT5 embeddings and mask
 denoiser.py   engine of a fixed batch -> guided velocity of any number of samples
 guidance.py   CFG-zero

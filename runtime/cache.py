@@ -1,6 +1,6 @@
 """A continuation's clean frames as keys and values, made once and used at every step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +36,6 @@ class KeyValueCache:
             {name: t.to(device) for name, t in sample.items()} for sample in self.samples
         )
         return KeyValueCache(self.latents, samples, self.source)
-
-    def rows(self, samples: Sequence[int]) -> Tensors:
-        """The tensors of one call of an engine, whose rows belong to these samples."""
-        if len(samples) == 1:
-            return self.samples[samples[0]]
-        names = self.samples[0]
-        return {name: torch.cat([self.samples[s][name] for s in samples]) for name in names}
 
     def check(self, source: tuple[str, str]) -> None:
         """UsageError where it was made with other weights or by another graph."""
@@ -85,5 +78,9 @@ def make_cache(
         }
         engine.run(inputs, made)
         for slot in range(min(wanted[0], len(clean) - first)):
-            samples.append({name: tensor[slot : slot + 1] for name, tensor in made.items()})
+            rows_of = {name: tensor[slot : slot + 1] for name, tensor in made.items()}
+            # a slice of several rows would keep them all in memory
+            samples.append(
+                rows_of if wanted[0] == 1 else {n: t.clone() for n, t in rows_of.items()}
+            )
     return KeyValueCache(latents_S16THW, tuple(samples), source)

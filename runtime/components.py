@@ -6,11 +6,13 @@ Engines are opened when they are first asked for, and share what memory their ba
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from lcexport.configs.errors import IntegrityError
 from lcexport.engines import Engine, open_engine
-from lcexport.engines.bundle import Bundle, GraphRecord
+from lcexport.engines.bundle import WEIGHTS, Bundle, GraphRecord
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.checks import SCHEDULER_CONFIG, check_device, check_engine, read_shift
 from lcexport.runtime.residency import Offload, Resident, check_offload
@@ -46,6 +48,7 @@ class Components:
         bf16 = bundle.manifest.precision == "bf16"
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self._device_name, self._engine_options = device, engine_options
+        self._weights = identity(bundle.folder / WEIGHTS)
         self._engines: dict[str, Engine] = {}
         self.closed = False
         self._resources = ExitStack()
@@ -63,14 +66,17 @@ class Components:
 
         Raises:
             IncompatibleError: the backend's library, its device or its plans are missing.
+            IntegrityError: the bundle's weights are not those that were there when it was opened.
         """
         if graph.name not in self._engines:
+            self._check_weights()
             like = next(iter(self._engines.values()), None)
             where = self._device_name if like is None else str(like.device)
             opened = open_engine(
                 self.backend, self.bundle, graph.name, where, like, self._engine_options
             )
             self._resources.enter_context(opened)
+            self._check_weights()
             self.adopt(graph, opened)
         return self._engines[graph.name]
 
@@ -107,8 +113,25 @@ class Components:
                 frames.append(vae.decode(latents[None])[0])
         return frames
 
+    def _check_weights(self) -> None:
+        """Baking LoRAs exchanges the weights; engines with old and new ones must not be mixed."""
+        if identity(self.bundle.folder / WEIGHTS) != self._weights:
+            raise IntegrityError(
+                f"the weights of {self.bundle.folder} were exchanged since it was opened",
+                do="Load it again.",
+            )
+
     def close(self) -> None:
         """Give everything back. Harmless when called twice."""
         self.closed = True
         self._engines.clear()
         self._resources.close()
+
+
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """Which file this is now; None for a bundle without that file."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns

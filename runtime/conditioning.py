@@ -3,7 +3,7 @@
 Clean latent frames come first in every graph that has any; what they are made of decides the task.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
@@ -21,6 +21,7 @@ from lcexport.runtime.media import (
     read_image,
     read_video,
     resize_video,
+    truncated_uint8,
 )
 from lcexport.runtime.video import Video
 
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ImageSource = Union[str, Path, Pixels, "Image"]
-VideoSource = str | Path | Pixels | Video
-# pixels [B, 3, F, H, W] and the posterior's noise -> latents; see `Components.encode_frames`
-Encode = Callable[[torch.Tensor, torch.Tensor | torch.Generator], torch.Tensor]
+Pictures = Sequence["Image"]
+VideoSource = str | Path | Pixels | Video | Pictures
+# pixels [B, 3, F, H, W], the posterior's noise, dtype -> latents; see `Components.encode_frames`
+Encode = Callable[[torch.Tensor, torch.Tensor | torch.Generator, torch.dtype], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +71,17 @@ class Given:
             InputError: the file is no image or video.
             UsageError: fewer frames than the task starts from.
         """
+        wanted = self.image if job.task == "i2v" else self.video
+        if wanted is None:
+            given = "an image" if self.image is not None else "a video"
+            raise UsageError(
+                f"{job.task} starts from {'an image' if job.task == 'i2v' else 'a video'}",
+                got="nothing" if self.image is None and self.video is None else given,
+            )
         if self.image is not None:
             return resize_video(image_pixels(self.image)[None], job.height, job.width)
-        if self.video is None:
-            raise UsageError(
-                f"{job.task} starts from {'an image' if job.cond_frames == 1 else 'a video'}",
-                got="nothing",
-            )
-        frames = video_pixels(self.video)
+        assert self.video is not None, "checked above"
+        frames = video_pixels(self.video, last=job.cond_frames)
         if len(frames) < job.cond_frames:
             raise UsageError(
                 "the video is too short to continue",
@@ -134,12 +139,17 @@ def task_of(given: Given, cache: KeyValueCache | bool) -> Task:
 
 
 def clean_latents(
-    given: Given, job: Job, generator: torch.Generator, encode: Encode
+    given: Given,
+    job: Job,
+    generator: torch.Generator,
+    encode: Encode,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The clean frames' normalised latents float32 [1 or B, 16, T, H, W].
 
     Args:
         generator: for the posterior's sample where its noise was not given.
+        dtype: what the sample is normalised in, and rounded to.
 
     Raises:
         InputError, UsageError: what was given does not do for the task.
@@ -150,8 +160,12 @@ def clean_latents(
     channels, _, height, width = job.latent_shape
     shape = (channels, frames, height, width)
     if given.latents is None:
+        if given.posterior_noise is not None:
+            check_latents("posterior's noise", given.posterior_noise, shape)
         noise = generator if given.posterior_noise is None else given.posterior_noise
-        return encode(given.pixels(job), noise)
+        made = encode(given.pixels(job), noise, dtype).float()
+        check_latents("clean latents", made, shape)
+        return made
     check_latents("clean latents", given.latents, shape)
     return given.latents
 
@@ -172,18 +186,37 @@ def image_pixels(image: ImageSource) -> Pixels:
     """uint8 [H, W, 3] of a file, an array or a PIL image."""
     if isinstance(image, str | Path):
         return read_image(image)
-    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
-    check_pixels(pixels[None])
-    return pixels
+    if isinstance(image, np.ndarray):
+        check_pixels(image[None])
+        return image
+    if not hasattr(image, "convert"):
+        raise UsageError(
+            "this is no image", got=type(image).__name__,
+            wanted="a file, uint8 [H, W, 3] or a PIL image",
+        )  # fmt: skip
+    return np.asarray(image.convert("RGB"))
 
 
-def video_pixels(video: VideoSource, fps: float | None = CONTINUATION_FPS) -> Pixels:
+def video_pixels(
+    video: VideoSource, fps: float | None = CONTINUATION_FPS, last: int | None = None
+) -> Pixels:
     """uint8 [F, H, W, 3] of a file, an array or a generated video.
 
-    Of a file, every so many frames, that it has about `fps` per second; all where None.
+    Of a file, every so many frames, that it has about `fps` per second; all where None. With `last`
+    no more than so many, from the end. A generated video's frames are rounded down, as the original
+    hands them on.
     """
     if isinstance(video, str | Path):
-        return read_video(video, fps)[0]
-    pixels = video.to_uint8() if isinstance(video, Video) else video
-    check_pixels(pixels)
-    return pixels
+        return read_video(video, fps, last)[0]
+    if isinstance(video, Video):
+        frames = video.frames
+        return frames.numpy() if frames.dtype == torch.uint8 else truncated_uint8(frames)
+    if isinstance(video, list | tuple) and video:
+        return np.stack([image_pixels(frame) for frame in video])
+    if not isinstance(video, np.ndarray):
+        raise UsageError(
+            "this is no video", got=type(video).__name__,
+            wanted="a file, uint8 [F, H, W, 3], PIL images or a Video",
+        )  # fmt: skip
+    check_pixels(video)
+    return video

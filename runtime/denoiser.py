@@ -150,6 +150,12 @@ def denoise(
     noise: of all T frames; what stands where the clean ones go is not looked at.
     """
     engine = components.engine(graph)
+    if start.frames != graph.job.num_cond_latents + graph.job.cached_latents:
+        raise UsageError(
+            f"{graph.name} starts from other clean frames",
+            got=f"{start.frames} latent frames",
+            wanted=graph.job.num_cond_latents + graph.job.cached_latents,
+        )
     clean = start.for_samples(len(noise_B16THW))
     in_front = clean if start.cache is None else None
     denoiser = Denoiser(engine, *texts, guidance_scale, cancel, clean=in_front, cache=start.cache)
@@ -159,11 +165,15 @@ def denoise(
 
 
 class CachedRows:
-    """A cache as an engine's inputs: bound where it lies, or copied from the host for each call."""
+    """A cache as an engine's inputs: bound where it lies, or copied into one set of buffers.
+
+    It is copied where it lies on the host, and where a call has several rows; again only when the
+    next call is of other samples.
+    """
 
     def __init__(self, engine: Engine, cache: KeyValueCache) -> None:
         self._cache = cache
-        self._near: dict[tuple[int, ...], Tensors] = {}
+        self._loaded: tuple[int, ...] = ()
         here = next(iter(cache.samples[0].values())).device
         specs = [spec for spec in engine.inputs if is_cached(spec.name)]
         for spec in specs:
@@ -174,21 +184,21 @@ class CachedRows:
                     got="nothing" if given is None else f"{given.dtype} {list(given.shape)}",
                     wanted=f"{spec.name}: {spec.dtype} {list(spec.shape)}",
                 )
-        far = not same_device(here, engine.device)
-        self._buffers = {spec.name: buffer(spec, engine.device) for spec in specs} if far else None
+        copied = not same_device(here, engine.device) or specs[0].shape[0] > 1
+        self._buffers = {spec.name: buffer(spec, engine.device) for spec in specs} if copied else {}
 
     def rows(self, samples: tuple[int, ...]) -> Tensors:
         """The inputs for a call whose rows are of these samples."""
         if len(self._cache.samples) == 1:
             samples = (0,) * len(samples)
-        if self._buffers is not None:
+        if not self._buffers:
+            return self._cache.samples[samples[0]]
+        if samples != self._loaded:
             for slot, sample in enumerate(samples):
                 for name, tensor in self._cache.samples[sample].items():
                     self._buffers[name][slot].copy_(tensor[0])
-            return self._buffers
-        if samples not in self._near:
-            self._near[samples] = self._cache.rows(samples)
-        return self._near[samples]
+            self._loaded = samples
+        return self._buffers
 
 
 def interleave(branches: list[Text]) -> Text:
@@ -214,6 +224,10 @@ def input_spec(engine: Engine, name: str) -> TensorSpec:
 
 def check_text(engine: Engine, text: Text) -> None:
     """Raise UsageError unless rows of `text` fit the engine's text inputs."""
+    if text.embeds.dtype != torch.float32 or not torch.isfinite(text.embeds).all():
+        raise UsageError("the text is not finite float32", got=text.embeds.dtype)
+    if text.mask.dtype != torch.bool:
+        raise UsageError("the text's mask is not bool", got=text.mask.dtype)
     for name, rows in (
         ("encoder_hidden_states", text.embeds),
         ("encoder_attention_mask", text.mask),

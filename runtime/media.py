@@ -5,6 +5,7 @@ torch float32 [1, 3, F, H, W] in -1..1.
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,11 +63,14 @@ def is_transparent(image: "Image") -> bool:
     return image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
 
 
-def read_video(path: str | Path, target_fps: float | None = None) -> tuple[Pixels, float]:
+def read_video(
+    path: str | Path, target_fps: float | None = None, last: int | None = None
+) -> tuple[Pixels, float]:
     """A video as RGB, uint8 [F, H, W, 3], and its file's own frames per second.
 
     A camera's rotation is applied. With `target_fps`, every `frame_stride`-th frame is kept, from
-    the first on; the frames per second returned are still the file's. A Matroska file that was
+    the first on; the frames per second returned are still the file's. With `last`, only so many
+    from the end are kept in memory. A Matroska file that was
     cut short is read as far as it goes: nothing in it tells.
 
     Raises:
@@ -84,7 +88,8 @@ def read_video(path: str | Path, target_fps: float | None = None) -> tuple[Pixel
             raise InputError(f"{path} does not say its frames per second")
         stride = 1 if target_fps is None else frame_stride(float(rate), target_fps)
         whole = enumerate(whole_frames(path, container, stream))
-        frames = [upright(frame) for number, frame in whole if number % stride == 0]
+        kept = (upright(frame) for number, frame in whole if number % stride == 0)
+        frames = deque(kept, maxlen=last)
         if not frames:
             raise InputError(f"{path} has no frames in it")
         return np.stack(frames), float(rate)

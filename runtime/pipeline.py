@@ -28,7 +28,15 @@ from lcexport.runtime.conditioning import (
 )
 from lcexport.runtime.denoiser import denoise
 from lcexport.runtime.refining import RefineOptions, refine
-from lcexport.runtime.request import Prompt, Request, initial_noise, request_from
+from lcexport.runtime.request import (
+    CONTINUATIONS,
+    MAX_SEED,
+    Prompt,
+    Request,
+    check_whole,
+    initial_noise,
+    request_from,
+)
 from lcexport.runtime.residency import Offload
 from lcexport.runtime.sampler import OnStep
 from lcexport.runtime.text import Text
@@ -320,7 +328,10 @@ class Pipeline:
         """
         self._check_open()
         given = Given(None, video, cond_latents, posterior_noise)
+        check_whole("seed", seed, 0, MAX_SEED)
         generator = torch.Generator().manual_seed(seed)
+        # `generate` draws its noise first: the same seed then gives the same cache
+        initial_noise(None, generator, (1, *self.preset.latent_shape))
         with torch.no_grad():
             start = self._start(self.graph("vc"), given, True, generator, cancel or CancelToken())
         assert start.cache is not None, "continuation starts from a cache"
@@ -375,15 +386,22 @@ class Pipeline:
         cancel: CancelToken,
     ) -> Start:
         """The clean frames of a generation, as latents and, for a graph that takes one, a cache."""
-        encode = self.components.encode_frames
-        if not graph.job.cached_latents:
-            return Start(clean_latents(given, graph.job, generator, encode))
+        encode, job = self.components.encode_frames, graph.job
+        if cache is False if job.cached_latents else isinstance(cache, KeyValueCache):
+            raise UsageError(
+                f"task {job.task} {'goes through' if job.cached_latents else 'takes no'} a cache",
+                do="Task vc is the cached continuation, vc-uncached the other.",
+            )
+        # Rounded as the original rounds it: to the DiT's precision for a continuation.
+        dtype = self.components.dtype if job.task in CONTINUATIONS else torch.float32
+        if not job.cached_latents:
+            return Start(clean_latents(given, job, generator, encode, dtype))
         maker = self.graph(graph.job.task, "cache")
         source = (self.bundle.manifest.files[WEIGHTS].sha256, maker.name)
         if isinstance(cache, KeyValueCache):
             cache.check(source)
             return Start(cache.latents, cache)
-        latents = clean_latents(given, maker.job, generator, encode)
+        latents = clean_latents(given, maker.job, generator, encode, dtype)
         made = make_cache(self.components.engine(maker), latents, source, cancel)
         return Start(latents, made)
 

@@ -104,8 +104,12 @@ def refine(
     check_whole("steps", steps, 1, MAX_STEPS)
     if image is not None and cond_video is not None:
         raise UsageError("an image and a video were given to go on from", do="Give one of them.")
+    if isinstance(t_thresh, bool) or not isinstance(t_thresh, int | float):
+        raise UsageError("the threshold is not a number", got=repr(t_thresh), wanted="0..1")
     graph = refinement_graph(components, resolution, image, cond_video, spatial)
     job, shape = graph.job, refinement_of(graph.job)
+    if not shape.cond_frames and (cond_latents is not None or cond_posterior_noise is not None):
+        raise UsageError("this refinement goes on from nothing", do="Give no condition's latents.")
     frames = stage_one_frames(video, job)
     plan = refine_schedule(steps, t_thresh, components.shift)
     cancel = cancel or CancelToken()
@@ -113,16 +117,14 @@ def refine(
     with torch.no_grad():
         encoded = prompt if isinstance(prompt, Text) else [prompt]
         text = components.encode_text(encoded, cancel)
+        given = latents is not None or noise is not None
         if latents is None:
-            pixels = stage_one_pixels(
-                frames, (job.height, job.width), shape.new_frames, components.dtype,
-                components.device,
-            )  # fmt: skip
-            padded = pad_stage_one(pixels, shape)
-            # mixed in the VAE's precision, as the original does
-            z = draw.encoded(padded, posterior_noise, components.dtype)
-            latents = noised(z, draw.noise(noise, z), t_thresh).float()
+            latents = half_noised(frames, job, draw, t_thresh, posterior_noise, noise)
         check_latents("refinement's latents", latents, job.latent_shape)
+        if len(text.embeds) != 1 or len(latents) != 1:
+            raise UsageError(
+                "one video is refined at a time", got=f"{len(text.embeds)} and {len(latents)}"
+            )
         start = Start()
         if shape.cond_frames:
             start = condition(job, image, cond_video, cond_latents, cond_posterior_noise, draw)
@@ -130,31 +132,51 @@ def refine(
         if output == "latents":
             return final
         made = components.decode(final, cancel)[0][shape.kept]
-    return Video(made, job.preset.fps * (1 if spatial else 2), {}, seed)
+    return Video(made, job.preset.fps * (1 if spatial else 2), {}, None if given else seed)
+
+
+def half_noised(
+    frames: Pixels,
+    job: Job,
+    draw: "Draws",
+    t_thresh: float,
+    posterior_noise: torch.Tensor | None,
+    noise: torch.Tensor | None,
+) -> torch.Tensor:
+    """Where the sampler starts, float32 [1, 16, T, H, W]; the enlarged video is let go."""
+    shape, size = refinement_of(job), (job.height, job.width)
+    dtype, device = draw.components.dtype, draw.components.device
+    pixels = stage_one_pixels(frames, size, shape.new_frames, dtype, device)
+    # mixed in the VAE's precision, as the original does
+    z = draw.encoded(pad_stage_one(pixels, shape), posterior_noise, job.latent_shape, dtype)
+    return noised(z, draw.noise(noise, z), t_thresh).float()
 
 
 class Draws:
     """The request's random numbers, or the caller's in their place."""
 
     def __init__(self, components: Components, generator: torch.Generator) -> None:
-        self._components, self._generator = components, generator
+        self.components, self._generator = components, generator
 
     def encoded(
         self,
         pixels: torch.Tensor,
         given: torch.Tensor | None,
+        shape: tuple[int, ...],
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """Latents of a sample of the VAE's posterior, normalised in `dtype`."""
+        """Latents [1, *shape] of a sample of the VAE's posterior, normalised in `dtype`."""
+        if given is not None:
+            check_latents("posterior's noise", given, shape)
         noise = self._generator if given is None else given
-        return self._components.encode_frames(pixels, noise, dtype)
+        return self.components.encode_frames(pixels, noise, dtype)
 
     def noise(self, given: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """Standard normal, of the shape and dtype of `like`, on its device."""
         if given is not None:
             check_latents("noise", given, tuple(like.shape[1:]))
             return given.to(like.device, like.dtype)
-        drawn = torch.randn(like.shape, generator=self._generator, dtype=self._components.dtype)
+        drawn = torch.randn(like.shape, generator=self._generator, dtype=self.components.dtype)
         return drawn.to(like.device, like.dtype)
 
 
@@ -202,9 +224,11 @@ def condition(
 ) -> Start:
     """The clean frames in front, padded as the original pads them."""
     channels, _, height, width = job.latent_shape
+    wanted = (channels, job.num_cond_latents, height, width)
     if latents is None:
         given = image_pixels(image)[None] if image is not None else video_pixels(cond_video, None)  # pyright: ignore[reportArgumentType]  # one of them is there
         pixels = resize_video(given[-job.cond_frames :], job.height, job.width)
-        latents = draw.encoded(condition_pixels(pixels, refinement_of(job)), posterior_noise)
-    check_latents("clean latents", latents, (channels, job.num_cond_latents, height, width))
+        padded = condition_pixels(pixels, refinement_of(job))
+        latents = draw.encoded(padded, posterior_noise, wanted)
+    check_latents("clean latents", latents, wanted)
     return Start(latents)

@@ -224,7 +224,7 @@ class VerifiedPlan:
         return self._held[1]
 
     def whole(self) -> bytearray:
-        """The file in memory, for a module without stream readers; no accepted version lacks them."""
+        """The file in memory, for modules without stream readers; no accepted version is one."""
         data = bytearray(self.plan.bytes)
         offset = 0
         while offset < len(data):

@@ -37,6 +37,7 @@ class BuildOptions(BaseModel):
     tasks: tuple[Task, ...] = Field(default=("t2v",), min_length=1)
     cond_frames: int = Field(default=COND_FRAMES, ge=1, le=4096)
     refine_size: tuple[int, int] | None = None
+    refine_cond_frames: int | None = Field(default=None, ge=1, le=8192)
     dense: bool = False
     precision: Precision = "fp32"
     islands: Islands = "checkpoint"
@@ -119,7 +120,8 @@ class BuildOptions(BaseModel):
     def jobs(self, config: DiTConfig) -> tuple[Job, ...]:
         """The graphs to build for a model of this configuration.
 
-        Refinement is block-sparse where the model was trained so, unless `dense`.
+        Refinement is block-sparse where the model was trained so, unless `dense`; the other tasks
+        where its configuration says so.
 
         Raises:
             UsageError: a size or a number of frames that a task cannot take.
@@ -134,7 +136,9 @@ class BuildOptions(BaseModel):
                 task,
                 cond_frames=self.cond_frames,
                 refine_size=self.refine_size,
+                refine_cond_frames=self.refine_cond_frames,
                 sparse=sparse,
+                all_sparse=sparse and config.enable_bsa,
             )
         )
 

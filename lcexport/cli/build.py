@@ -33,6 +33,10 @@ RefineSizeOption = Annotated[
     str | None,
     typer.Option(help="HEIGHTxWIDTH of refined videos; by default 720p's, of the same shape."),
 ]
+RefineCondFramesOption = Annotated[
+    int | None,
+    typer.Option(help="Refined frames that a refinement starts from; twice --cond-frames."),
+]
 DenseOption = Annotated[
     bool, typer.Option("--dense", help="Refine without block-sparse attention.")
 ]
@@ -98,6 +102,7 @@ def build(
     task: TaskOption = "t2v",
     cond_frames: CondFramesOption = 13,
     refine_size: RefineSizeOption = None,
+    refine_cond_frames: RefineCondFramesOption = None,
     dense: DenseOption = False,
     output: OutputOption = None,
     precision: PrecisionOption = "fp32",
@@ -131,9 +136,9 @@ def build(
         )  # fmt: skip
     options = options_from(
         model=model, res=res, task=task, cond_frames=cond_frames, refine_size=refine_size,
-        dense=dense, output=output, precision=precision, islands=islands,
-        weights_dtype=weights_dtype, backends=backend, batch=batch, device=device, only=only,
-        weights=weights, segments=segments, targets=targets, trt=pairs(trt or ()),
+        refine_cond_frames=refine_cond_frames, dense=dense, output=output, precision=precision,
+        islands=islands, weights_dtype=weights_dtype, backends=backend, batch=batch, device=device,
+        only=only, weights=weights, segments=segments, targets=targets, trt=pairs(trt or ()),
         ep_context=ep_context, loras=lora or (), add=add, resume=resume,
     )  # fmt: skip
     if dry_run:

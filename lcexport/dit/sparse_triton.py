@@ -7,6 +7,7 @@ top-k. Imported only where tensors are on CUDA; under TRITON_INTERPRET=1 it runs
 """
 
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -98,18 +99,20 @@ def attend_kept_triton(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, counts: Te
     if kept.shape[-1] == 0:  # no list to point at
         return out.zero_()
     sizes: dict[str, Any] = block_sizes(tokens, k.shape[2], dim)
-    attend_kernel[(chunks, batch)](
-        q,
-        k,
-        v,
-        kept.to(torch.int32).contiguous(),
-        chunks,
-        k.shape[1],
-        kept.shape[-1],
-        out,
-        counts.to(torch.int32).contiguous(),
-        **sizes,
-    )
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        attend_kernel[(chunks, batch)](
+            q,
+            k,
+            v,
+            kept.to(torch.int32).contiguous(),
+            chunks,
+            k.shape[1],
+            kept.shape[-1],
+            out,
+            counts.to(torch.int32).contiguous(),
+            **sizes,
+        )
     return out
 
 

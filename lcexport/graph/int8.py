@@ -29,7 +29,8 @@ def inline_for_parser(model: ir.Model) -> ir.Model:
     """`model` itself, and where it has int8 weights inside, without functions.
 
     The parser of TensorRT for RTX 1.7 names a Dequantize layer after its node and refuses a name
-    twice, so it cannot take a function with one that is called twice. Nodes are named anew, tensors are not.
+    twice, so it cannot take a function with one that is called twice. Nodes are named anew, tensors
+    are not.
     """
     if has_int8(model.graph.initializers):
         InlinePass()(model)

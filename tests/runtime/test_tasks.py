@@ -95,11 +95,9 @@ def test_a_continuation_starts_with_the_last_frames(pipe, clip):
 
 
 def test_a_cache_serves_many_continuations(pipe, clip):
-    cache = pipe.make_cache(clip, posterior_noise=torch.zeros(1, 16, 2, 8, 12))
+    cache = pipe.make_cache(clip, seed=3)
     options = {"output": "latents", "seed": 3}
-    wanted = pipe.generate(
-        "a cat", video=clip, posterior_noise=torch.zeros(1, 16, 2, 8, 12), **options
-    )
+    wanted = pipe.generate("a cat", video=clip, **options)
     assert torch.equal(pipe.generate("a cat", cache=cache, **options), wanted)
     both = pipe.generate(["a cat", "a dog"], cache=cache, **options)
     assert len(both) == 2
@@ -176,6 +174,20 @@ def test_a_refinement_goes_on_from_what_is_refined(pipe, clip, given):
         ({"image": np.zeros((4, 4), np.uint8)}, UsageError, "these are not frames"),
         ({"image": "x.png", "video": "x.mp4"}, UsageError, "an image and a video"),
         ({"task": "i2v"}, UsageError, "starts from an image"),
+        ({"task": "i2v", "video": np.zeros((13, 64, 96, 3), np.uint8)}, UsageError, "an image"),
+        ({"task": "vc-uncached", "image": np.zeros((4, 4, 3), np.uint8)}, UsageError, "a video"),
+        (
+            {"task": "vc", "cache": False, "video": np.zeros((13, 64, 96, 3), np.uint8)},
+            UsageError,
+            "goes through a cache",
+        ),
+        ({"image": torch.zeros(3, 4, 4)}, UsageError, "this is no image; got Tensor"),
+        ({"video": 3}, UsageError, "this is no video; got int"),
+        (
+            {"image": np.zeros((4, 4, 3), np.uint8), "posterior_noise": torch.zeros(2)},
+            UsageError,
+            "posterior's noise do not fit",
+        ),
         ({"task": "vc"}, UsageError, "starts from a video"),
         ({"cond_latents": torch.zeros(1, 16, 1, 8, 12)}, UsageError, "Give `task`"),
         (
