@@ -226,8 +226,6 @@ def check_text(engine: Engine, text: Text) -> None:
     """Raise UsageError unless rows of `text` fit the engine's text inputs."""
     if text.embeds.dtype != torch.float32 or not torch.isfinite(text.embeds).all():
         raise UsageError("the text is not finite float32", got=text.embeds.dtype)
-    if text.mask.dtype != torch.bool:
-        raise UsageError("the text's mask is not bool", got=text.mask.dtype)
     for name, rows in (
         ("encoder_hidden_states", text.embeds),
         ("encoder_attention_mask", text.mask),

@@ -136,7 +136,8 @@ def require(bundle: Bundle, backend: str, resolution: str, device: str, *, build
         )
     if not buildable and not has_engine(bundle, backend, resolution):
         precision = bundle.manifest.precision
-        words = build_words(bundle.graph(resolution).job)
+        graph = bundle.manifest.graphs.get(resolution)
+        words = ["--res", resolution] if graph is None else build_words(graph.job)
         raise UsageError(
             f"the bundle {bundle.folder} has no {backend} engine for {resolution}",
             do=f"Name a checkpoint with --model to have one built, or build it: lcexport build "
