@@ -55,6 +55,8 @@ class VideoVAE:
         folder: holds `vae/`.
         dtype: what it computes in; pixels and latents are rounded to it first.
         device: where it lives.
+        tiling: encode and decode pictures above 256 x 256 pixels in overlapping tiles, which are
+            blended: less memory, more work, and frames that differ slightly.
 
     Raises:
         InputError: a file is missing, or the weights do not fit the configuration.
@@ -65,8 +67,12 @@ class VideoVAE:
         folder: str | Path,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        tiling: bool = False,
     ) -> None:
         self._model: AutoencoderKLWan | None = load_vae(Path(folder) / "vae", dtype, device)
+        if tiling:
+            self._model.enable_tiling()
 
     def encode(
         self,
@@ -106,21 +112,32 @@ class VideoVAE:
     def decode(self, latents_B16THW: torch.Tensor) -> torch.Tensor:
         """Normalised latents to frames, float32 [B, F, 8H, 8W, 3] in 0..1, on the CPU.
 
+        Raises:
+            VerificationError: the decoder left NaN in the frames.
+        """
+        # One sample at a time: the caches of one already fill the memory.
+        return torch.stack([torch.cat(list(self.frames(z))) for z in latents_B16THW])
+
+    @torch.no_grad()
+    def frames(self, latents_16THW: torch.Tensor) -> Iterator[torch.Tensor]:
+        """One sample's frames as they are decoded: the first alone, then four at a time.
+
+        Each is float32 [1 or 4, 8H, 8W, 3] in 0..1, on the CPU. What is held meanwhile does not
+        grow with T: one group of frames, and the last two of every convolution's inputs. With
+        tiling the tiles are decoded whole, so all frames come at the end.
+
         The network clamps to -1..1; x/2 + 1/2 is then taken in float32.
 
         Raises:
             VerificationError: the decoder left NaN in the frames.
         """
         model = self._opened()
-        z_B16THW = latents_B16THW.to(model.device, model.dtype)
+        z_B16THW = latents_16THW[None].to(model.device, model.dtype)
         mean, std = model.config["latents_mean"], model.config["latents_std"]
-        with torch.no_grad():
-            z_B16THW = denormalize(z_B16THW, mean, std)
-            # One sample at a time: the caches of one already fill the memory.
-            rows = [model.decode(z[None], return_dict=False)[0].cpu() for z in z_B16THW]
-        pixels_BCFHW = torch.cat(rows).float().div(2).add(0.5).clamp(0, 1)
-        refuse_not_finite("frames", pixels_BCFHW)
-        return pixels_BCFHW.permute(0, 2, 3, 4, 1).contiguous()
+        for pixels_B3FHW in decoded(model, denormalize(z_B16THW, mean, std)):
+            pixels_FHW3 = pixels_B3FHW[0].cpu().float().div(2).add(0.5).clamp(0, 1)
+            refuse_not_finite("frames", pixels_FHW3)
+            yield pixels_FHW3.permute(1, 2, 3, 0).contiguous()
 
     def to(self, device: torch.device | str) -> "VideoVAE":
         # the library's stubs take `Module.to` for a function without arguments
@@ -135,6 +152,25 @@ class VideoVAE:
         if self._model is None:
             raise UsageError("the VAE is closed")
         return self._model
+
+
+def decoded(model: "AutoencoderKLWan", z_B16THW: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Frames in -1..1, [B, 3, 1 or 4, 8H, 8W] for each latent frame; with tiling all at once.
+
+    The library's `decode` does the same, but keeps every frame until the last is there, and copies
+    all of them for each that comes.
+    """
+    if model.use_tiling or model.config["patch_size"] is not None:
+        yield model.decode(z_B16THW, return_dict=False)[0]
+        return
+    x_B16THW = model.post_quant_conv(z_B16THW)
+    # At least one place for each causal convolution's past; ours, so that two videos can be
+    # decoded by turns.
+    past: list[Any] = [None] * len(list(model.decoder.modules()))
+    for t in range(x_B16THW.shape[2]):
+        yield model.decoder(
+            x_B16THW[:, :, t : t + 1], feat_cache=past, feat_idx=[0], first_chunk=t == 0
+        ).clamp(-1, 1)
 
 
 def latent_shape(pixels: Sequence[int]) -> tuple[int, int, int, int, int]:
