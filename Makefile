@@ -90,8 +90,9 @@ demo: $(VENV)/run.stamp $(VENV)/rtx.stamp  ## a small checkpoint, its bundles, a
 	    "  $(BIN)/lcexport build --res demo --add -o demo/bundle" \
 	    "  $(BIN)/lcexport plan --model demo/checkpoint --res 480p,720p --only export"
 
+# A process for each processor, and one thread in each: more would only wait for each other.
 test: $(VENV)/dev.stamp  ## all tests that need no GPU
-	@$(BIN)/python -m pytest -n 2 -m "not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
 
 lint: $(VENV)/dev.stamp  ## ruff: rules and format
 	@$(BIN)/ruff check .
