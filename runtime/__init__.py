@@ -5,8 +5,9 @@
     with load("bundle", "480p") as pipe:
         pipe.generate("a cat plays the piano", seed=7).save("cat.mp4")
 
-pipeline.py   load, Pipeline: the three stages in order
-checks.py     what load makes sure of first
+opening.py    load: a bundle's folder to a pipeline; checks.py: what it makes sure of first
+pipeline.py   Pipeline: all that can be asked of an opened bundle
+generating.py text, sampling, decoding: the three stages in order
 request.py    the arguments of one generation, checked; the initial noise
 components.py engines, text encoder and VAE, opened once
 conditioning.py  what a generation starts from beside text; cache.py: as keys and values
@@ -31,7 +32,8 @@ from lcexport.configs.errors import LcexportError
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.long import generate_long
 from lcexport.runtime.long_refining import refine_long
-from lcexport.runtime.pipeline import Pipeline, load
+from lcexport.runtime.opening import load
+from lcexport.runtime.pipeline import Pipeline
 from lcexport.runtime.sampler import StepEvent
 from lcexport.runtime.segments import LongVideo
 from lcexport.runtime.video import Video

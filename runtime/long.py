@@ -26,8 +26,9 @@ from lcexport.runtime.conditioning import (
     image_pixels,
     video_pixels,
 )
+from lcexport.runtime.generating import Options
 from lcexport.runtime.media import Pixels, resize_frames, truncated_uint8
-from lcexport.runtime.pipeline import Options, Pipeline
+from lcexport.runtime.pipeline import Pipeline
 from lcexport.runtime.request import check_whole, request_from
 from lcexport.runtime.sampler import OnStep
 from lcexport.runtime.segments import (

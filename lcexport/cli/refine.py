@@ -71,7 +71,7 @@ def refine(
     from lcexport.cli.given import read_first_stage, refinement_for
     from lcexport.engines.bundle import Bundle, read_manifest
     from lcexport.runtime import Video, load
-    from lcexport.runtime.pipeline import timed
+    from lcexport.runtime.timing import timed
 
     manifest = read_manifest(bundle)
     check_output(out, contact_sheet)

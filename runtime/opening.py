@@ -1,0 +1,63 @@
+"""A bundle's folder to a pipeline."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lcexport.configs.tasks import job_name, task_from
+from lcexport.engines import Engine
+from lcexport.engines.bundle import open_bundle
+from lcexport.runtime.components import Components
+from lcexport.runtime.pipeline import Pipeline, first_graph
+from lcexport.runtime.residency import Offload
+
+
+def load(
+    bundle_dir: str | Path,
+    resolution: str = "480p",
+    backend: str = "onnxruntime",
+    device: str = "cpu",
+    *,
+    tasks: Sequence[str] | None = None,
+    offload: Offload = "keep",
+    engine: Engine | None = None,
+    engine_options: Mapping[str, object] | None = None,
+    check_hashes: bool = False,
+) -> Pipeline:
+    """Open a bundle for generation.
+
+    Args:
+        bundle_dir: the folder that `lcexport build` wrote.
+        resolution: which of the bundle's sizes.
+        backend: what runs the DiT.
+        device: "cpu", "cuda" or "cuda:1"; for the DiT, the text encoder and the VAE alike.
+        tasks: whose engines to open now, text-to-video's where None and the bundle has it. Others
+            are opened when they are first used.
+        offload: where the text encoder and the VAE wait: "keep" on the device, "cpu", or
+            "release" to load them for each use.
+        engine: use this open engine for text to video; it stays the caller's to close.
+        engine_options: how the backend runs its engines; see `lcexport.engines.open_engine`.
+        check_hashes: compare every file's SHA-256, the large ones included.
+
+    Raises:
+        UsageError: no such resolution, task, backend, device or policy.
+        IntegrityError: no bundle there, or a file that is not the one its manifest names.
+        IncompatibleError: the backend's library or the device is missing.
+        InputError: the text encoder, tokenizer, VAE or scheduler file is unusable.
+    """
+    bundle = open_bundle(bundle_dir, every_hash=check_hashes)
+    first = first_graph(bundle, resolution)
+    names = [job_name(resolution, task_from(task)) for task in tasks or ()]
+    graphs = [bundle.graph(name) for name in names]
+    if tasks is None and first.job.task == "t2v":
+        graphs = [first]
+    tokens = first.preset.text_tokens
+    components = Components(bundle, backend, device, offload, tokens, engine_options)
+    try:
+        if engine is not None:
+            components.adopt(bundle.graph(resolution), engine)
+        for graph in graphs:
+            components.engine(graph)
+    except BaseException:
+        components.close()
+        raise
+    return Pipeline(components, resolution)
