@@ -5,6 +5,7 @@ torch float32 [1, 3, F, H, W] in -1..1.
 """
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lcexport.configs.errors import InputError, UsageError
+from lcexport.configs.errors import InputError, ResourceError, UsageError
+from lcexport.engines.host import available_memory_bytes
 from lcexport.runtime.loading import library_errors
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ PICTURES = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 CONTAINERS = "mov,matroska,avi,gif"  # MP4 is one of mov's names, WebM one of matroska's
 CONTINUATION_FPS = 15  # what the model makes
 REFINED_FPS = 30
+COPIES = 4  # of a video's frames that may be in memory: while they are stacked, resized or joined
+MICROSECONDS = 1_000_000  # a container's unit of time, in a second
 
 
 def read_image(path: str | Path) -> Pixels:
@@ -75,6 +79,8 @@ def read_video(
 
     Raises:
         InputError: no such file, a folder, damaged, no video in it, or no frames.
+        ResourceError: what is kept would take too much of the memory that is free; where the file
+            says how long it is, before anything is decoded.
     """
     import av
 
@@ -87,12 +93,41 @@ def read_video(
         if not (rate := stream.average_rate or stream.guessed_rate):
             raise InputError(f"{path} does not say its frames per second")
         stride = 1 if target_fps is None else frame_stride(float(rate), target_fps)
+        room = available_memory_bytes() // COPIES
+        count = min(-(-foretold(container, stream) // stride), last or sys.maxsize)
+        refuse_large(path, count, count * stream.height * stream.width * 3, room)
         whole = enumerate(whole_frames(path, container, stream))
         kept = (upright(frame) for number, frame in whole if number % stride == 0)
-        frames = deque(kept, maxlen=last)
+        frames = deque(kept if last else within(path, kept, room), maxlen=last)
         if not frames:
             raise InputError(f"{path} has no frames in it")
         return np.stack(frames), float(rate)
+
+
+def foretold(container: "InputContainer", stream: "VideoStream") -> int:
+    """How many frames a file says it has; 0 where it does not say."""
+    if stream.frames or not container.duration or not stream.average_rate:
+        return stream.frames
+    return int(container.duration / MICROSECONDS * stream.average_rate)
+
+
+def within(path: Path, frames: Iterator[Pixels], room: int) -> Iterator[Pixels]:
+    """Frames as they come, until they are too many: not every file says how many it has."""
+    held = 0
+    for number, frame in enumerate(frames, 1):
+        held += frame.nbytes
+        refuse_large(path, number, held, room)
+        yield frame
+
+
+def refuse_large(path: Path, count: int, size: int, room: int) -> None:
+    if size > room:
+        raise ResourceError(
+            f"{path} is too long to be held in memory",
+            got=f"{count} frames or more, {size / 1e9:.2f} GB",
+            wanted=f"at most {room / 1e9:.2f} GB, a quarter of what is free",
+            do="Give a part of it, or a smaller copy.",
+        )
 
 
 def whole_frames(
@@ -141,16 +176,11 @@ def opened(path: Path, what: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def resize_image(image_HW3: Pixels, height: int, width: int) -> torch.Tensor:
-    """One picture for the VAE's encoder, float32 [1, 3, H, W] in -1..1.
-
-    Stretched to the size with the original's filter (PIL, Lanczos), not cropped.
-    """
-    return resize_video(image_HW3[None], height, width)[:, :, 0]
-
-
 def resize_video(frames_FHW3: Pixels, height: int, width: int) -> torch.Tensor:
-    """A video for the VAE's encoder, float32 [1, 3, F, H, W] in -1..1; each frame as a picture."""
+    """A video for the VAE's encoder, float32 [1, 3, F, H, W] in -1..1.
+
+    Each frame is stretched to the size with the original's filter (PIL, Lanczos), not cropped.
+    """
     from PIL.Image import Resampling
 
     resized = resize_frames(frames_FHW3, height, width, Resampling.LANCZOS)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from lcexport.configs.errors import InputError, UsageError
+from lcexport.configs.errors import InputError, ResourceError, UsageError
+from lcexport.runtime import media
 from lcexport.runtime.media import (
     frame_stride,
     read_image,
     read_video,
     resize_frames_bicubic,
-    resize_image,
     resize_video,
     truncated_uint8,
 )
@@ -128,6 +128,40 @@ def test_only_every_so_many_frames_are_kept(tmp_path):
     assert np.array_equal(kept, every[::4])
 
 
+@pytest.fixture
+def room(monkeypatch):
+    """Memory for five frames, and so for four times as many that are copied about."""
+    free = 5 * HEIGHT * WIDTH * 3 * media.COPIES
+    monkeypatch.setattr(media, "available_memory_bytes", lambda: free)
+
+
+@pytest.mark.usefixtures("room")
+@pytest.mark.parametrize(("form", "codec"), [("mp4", "libx264"), ("webm", "libvpx-vp9")])
+def test_a_film_is_refused_before_it_is_decoded(tmp_path, monkeypatch, form, codec):
+    path = write_video(tmp_path / "film", grey_levels(12), form=form, codec=codec)
+    monkeypatch.setattr(media, "whole_frames", lambda *words: pytest.fail("a frame was decoded"))
+    with pytest.raises(ResourceError, match=r"film is too long .*got 12 frames .*wanted at most"):
+        read_video(path)
+
+
+@pytest.mark.usefixtures("room")
+def test_a_film_that_does_not_say_how_long_it_is_stops_being_read(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "film.mp4", grey_levels(12))
+    monkeypatch.setattr(media, "foretold", lambda *words: 0)
+    with pytest.raises(ResourceError, match="got 6 frames or more"):
+        read_video(path)
+
+
+@pytest.mark.usefixtures("room")
+def test_of_a_film_its_end_can_be_had(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "film.mp4", grey_levels(12), rate=30)
+    end, _ = read_video(path, target_fps=15, last=3)
+    thin, _ = read_video(path, target_fps=10)
+    assert thin.shape == (4, HEIGHT, WIDTH, 3)
+    monkeypatch.undo()
+    assert np.array_equal(end, read_video(path, target_fps=15)[0][-3:])
+
+
 @pytest.mark.parametrize("quarters", [1, 2, 3])
 def test_a_cameras_rotation_is_applied(tmp_path, quarters):
     path = write_video(tmp_path / "a.mp4", grey_levels(3))
@@ -219,7 +253,7 @@ def test_a_video_without_frames(tmp_path):
 
 def test_golden_picture(golden):
     case = golden("pipe_tiny_i2v")
-    resized = resize_image(case["image_u8"].numpy(), 64, 96)
+    resized = resize_video(case["image_u8"].numpy()[None], 64, 96)[:, :, 0]
     assert resized.dtype == torch.float32
     assert torch.equal(resized, case["image_preprocessed"])
 
@@ -228,11 +262,11 @@ def test_a_video_is_resized_frame_by_frame(pixels):
     video = resize_video(pixels, 16, 80)
     assert video.shape == (1, 3, 5, 16, 80)
     for number, frame in enumerate(pixels):
-        assert torch.equal(video[:, :, number], resize_image(frame, 16, 80))
+        assert torch.equal(video[:, :, number : number + 1], resize_video(frame[None], 16, 80))
 
 
 def test_a_picture_of_the_right_size_keeps_its_values(pixels):
-    same = resize_image(pixels[0], HEIGHT, WIDTH)[0].permute(1, 2, 0)
+    same = resize_video(pixels[:1], HEIGHT, WIDTH)[0, :, 0].permute(1, 2, 0)
     assert np.array_equal(truncated_uint8((same / 2 + 0.5) + 1e-4), pixels[0])
 
 
