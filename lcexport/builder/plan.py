@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from lcexport.checkpoint import Checkpoint, is_island
 from lcexport.checkpoint.names import name_pairs
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import ResourceError
-from lcexport.configs.tasks import Job
+from lcexport.configs.tasks import Job, task_in
+from lcexport.engines import COMPILED
 from lcexport.engines.host import available_memory_bytes
 from lcexport.engines.trt.compile import build_bytes
 from lcexport.flops import job_flops, share_saved
@@ -103,7 +105,7 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
         memory_free_bytes=available_memory_bytes(),
         plans_per_engine=plans,
         sizes=sizes,
-        runtime_bytes=runtime_bytes(weights, components, sizes),
+        runtime_bytes=runtime_bytes(weights * copies(options, sizes), components, sizes),
     )
 
 
@@ -198,7 +200,10 @@ def cache_bytes(config: DiTConfig, job: Job, element: int) -> int:
 def runtime_bytes(
     weights: int, components: dict[str, int], sizes: tuple[SizePlan, ...]
 ) -> dict[str, int]:
-    """Peak memory on the engine's device for each `offload` of `lcexport.runtime.load`."""
+    """Peak memory on the engine's device for each `offload` of `lcexport.runtime.load`.
+
+    weights: as often as they are held, see `copies`.
+    """
     text, vae = components.get("text_encoder", 0), components.get("vae", 0)
     step = max(step_bytes(size) for size in sizes)
     decode = max(size.vae_decode_bytes for size in sizes)
@@ -207,6 +212,18 @@ def runtime_bytes(
         "cpu": weights + max(text, step, vae + decode),
         "release": weights + max(text, step, vae + decode),
     }
+
+
+def copies(options: BuildOptions, sizes: tuple[SizePlan, ...]) -> int:
+    """How often a pipeline holds the weights when it has been asked for every task of a resolution.
+
+    Eager torch and plans with shared weights hold them once. The other backends hold them once for
+    each open graph, unless `lcexport.runtime.load` is told to keep fewer open (`keep_engines`).
+    """
+    shared = {"eager", *(COMPILED if options.weights == "shared" else ())}
+    if shared.issuperset(options.backends):
+        return 1
+    return max(Counter(task_in(size.graph)[0] for size in sizes).values())
 
 
 def step_bytes(size: SizePlan) -> int:

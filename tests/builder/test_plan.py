@@ -47,6 +47,36 @@ def test_the_released_model_at_480p(demo_checkpoint, options, plenty):
     refuse_shortage(made)
 
 
+@pytest.mark.parametrize(
+    ("asked", "copies"),
+    [
+        ({"backends": ("onnxruntime",)}, 3),
+        ({"backends": ("eager",)}, 1),
+        ({"backends": ("tensorrt-rtx",)}, 3),
+        ({"backends": ("tensorrt-rtx",), "weights": "shared"}, 1),
+        ({"backends": ("eager", "onnxruntime")}, 3),
+    ],
+)
+def test_weights_are_counted_for_every_graph_that_holds_them(
+    demo_checkpoint, options, plenty, asked, copies
+):
+    both = (preset_from("480p"), preset_from("720p"))  # the graphs of one are open at once
+    asked = {
+        "presets": both,
+        "tasks": ("t2v", "vc"),
+        "only": "export",
+        "precision": "bf16",
+        **asked,
+    }
+    checkpoint = replace(open_checkpoint(demo_checkpoint), config=RELEASED)
+    made = make_plan(checkpoint, options.model_copy(update=asked))
+    least = copies * made.weights_bytes
+    rest = made.runtime_bytes["cpu"] - least
+    largest = max(plan.step_bytes(size) for size in made.sizes)
+    decoding = max(size.vae_decode_bytes for size in made.sizes)
+    assert largest <= rest <= max(largest, decoding + made.components_bytes)
+
+
 def test_float32_weights_take_twice_the_bulk():
     whole, half = (plan.weights_bytes(RELEASED, precision) for precision in ("fp32", "bf16"))
     assert whole == 4 * 13_581_071_424
