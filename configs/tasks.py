@@ -40,7 +40,9 @@ Task = Literal[
     "spatial-vc",
 ]
 TASKS: tuple[Task, ...] = get_args(Task)
+CONTINUATIONS: tuple[Task, ...] = ("vc", "vc-uncached")
 Part = Literal["denoise", "cache"]
+After = Literal["", "i2v", "vc"]  # what a refinement goes on from
 COND_FRAMES = 13  # frames a continuation starts from, as the original's demos have it
 
 
@@ -128,7 +130,7 @@ def build_words(job: Job) -> list[str]:
         return words
     words += ["--task", job.task]
     refines = job.refinement is not None
-    if job.task in ("vc", "vc-uncached"):
+    if job.task in CONTINUATIONS:
         words += ["--cond-frames", str(job.cond_frames)]
     if job.task.endswith("-vc"):
         words += ["--refine-cond-frames", str(job.cond_frames)]
@@ -148,6 +150,12 @@ def task_in(name: str) -> tuple[str, str, str]:
     resolution, *rest = name.split(".")
     part = "cache" if rest[-1:] == ["cache"] else "denoise"
     return resolution, rest[0] if rest and rest[0] in TASKS else "t2v", part
+
+
+def refine_task(spatial: bool, after: After = "") -> Task:
+    """The task that refines a video: larger alone, or longer too; after a picture or frames."""
+    kind = "spatial" if spatial else "refine"
+    return task_from(f"{kind}-{after}" if after else kind)
 
 
 def task_from(text: str) -> Task:

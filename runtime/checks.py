@@ -1,12 +1,12 @@
-"""What `load` makes sure of before anything heavy is read: scheduler, device, engine."""
+"""What `load` makes sure of before anything heavy is read: scheduler, device, engine, files."""
 
 from pathlib import Path
 
 import torch
 
-from lcexport.configs.errors import IncompatibleError, InputError
+from lcexport.configs.errors import IncompatibleError, InputError, IntegrityError
 from lcexport.engines import Engine, device_from
-from lcexport.engines.bundle import GraphRecord
+from lcexport.engines.bundle import WEIGHTS, Bundle, GraphRecord
 from lcexport.runtime.loading import DOWNLOAD_AGAIN, is_finite_number, read_config
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
@@ -50,4 +50,20 @@ def check_engine(engine: Engine, graph: GraphRecord) -> None:
             f"the engine was not made for the graph {graph.name}",
             got=f"{other[0]} {list(other[1])}",
             wanted=f"{list(named.get(other[0], ()))}, of {', '.join(named)}",
+        )
+
+
+def check_only_weights_differ(old: Bundle, new: Bundle) -> None:
+    """IntegrityError where a file is another that an opened bundle goes on using.
+
+    Baking LoRAs exchanges the weights and the golden data; `build --add` adds files.
+    """
+    exchanged = (WEIGHTS, "golden/", "lora/")
+    kept = {n: r for n, r in old.manifest.files.items() if not n.startswith(exchanged)}
+    other = [name for name, record in kept.items() if new.manifest.files.get(name) != record]
+    if other:
+        raise IntegrityError(
+            f"more than the weights of {old.folder} was exchanged since it was opened",
+            got=", ".join(other[:5]),
+            do="Close the pipeline and load the bundle again.",
         )

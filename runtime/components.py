@@ -1,8 +1,10 @@
 """A bundle's working parts on one device: engines, text encoder, VAE. Opened once, shared by all.
 
 Engines are opened when they are first asked for, and share what memory their backend lets them.
+Where only so many may stay open, the one that was used longest ago is closed before another opens.
 """
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -10,14 +12,23 @@ from pathlib import Path
 
 import torch
 
-from lcexport.configs.errors import IntegrityError
+from lcexport.configs.errors import IntegrityError, UsageError
+from lcexport.configs.tasks import CONTINUATIONS, Task
 from lcexport.engines import Engine, open_engine
 from lcexport.engines.bundle import WEIGHTS, Bundle, GraphRecord
 from lcexport.runtime.cancel import CancelToken
-from lcexport.runtime.checks import SCHEDULER_CONFIG, check_device, check_engine, read_shift
-from lcexport.runtime.residency import Offload, Resident, check_offload
+from lcexport.runtime.checks import (
+    SCHEDULER_CONFIG,
+    check_device,
+    check_engine,
+    check_only_weights_differ,
+    read_shift,
+)
+from lcexport.runtime.residency import Offload, Resident, check_offload, free_cache
 from lcexport.runtime.text import Text, TextEncoder
 from lcexport.runtime.vae import VideoVAE
+
+log = logging.getLogger(__name__)
 
 
 class Components:
@@ -26,6 +37,8 @@ class Components:
     Args:
         text_tokens: L, the length of encoded prompts.
         engine_options: see `lcexport.engines.open_engine`.
+        keep_engines: how many engines may be open at once, the caller's own not counted; None for
+            all.
 
     Raises:
         UsageError, IncompatibleError, InputError: see `lcexport.runtime.load`.
@@ -39,8 +52,11 @@ class Components:
         offload: Offload,
         text_tokens: int,
         engine_options: Mapping[str, object] | None = None,
+        keep_engines: int | None = None,
     ) -> None:
         check_offload(offload)
+        if keep_engines is not None and keep_engines < 1:
+            raise UsageError("no engine may stay open", got=keep_engines, wanted="1 or more")
         self.bundle, self.backend, self.text_tokens = bundle, backend, text_tokens
         self.device = check_device(device)
         self.shift = read_shift(bundle.path(SCHEDULER_CONFIG))
@@ -49,7 +65,10 @@ class Components:
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self._device_name, self._engine_options = device, engine_options
         self._weights = identity(bundle.folder / WEIGHTS)
-        self._engines: dict[str, Engine] = {}
+        self._keep_engines = keep_engines
+        self._engines: dict[str, Engine] = {}  # the one used last is the last one
+        self._adopted: set[str] = set()
+        self._warned: set[str] = set()
         self.closed = False
         self._resources = ExitStack()
         with ExitStack() as stack:
@@ -61,29 +80,85 @@ class Components:
             stack.callback(self._vae.close)
             self._resources = stack.pop_all()
 
+    def stored(self, task: Task) -> torch.dtype:
+        """What the original keeps a task's latents in: the DiT's precision for a continuation."""
+        return self.dtype if task in CONTINUATIONS else torch.float32
+
     def engine(self, graph: GraphRecord) -> Engine:
-        """The engine of a graph.
+        """The engine of a graph, until another graph's is asked for: it may be closed then.
 
         Raises:
             IncompatibleError: the backend's library, its device or its plans are missing.
             IntegrityError: the bundle's weights are not those that were there when it was opened.
         """
-        if graph.name not in self._engines:
-            self._check_weights()
-            like = next(iter(self._engines.values()), None)
-            where = self._device_name if like is None else str(like.device)
-            opened = open_engine(
-                self.backend, self.bundle, graph.name, where, like, self._engine_options
-            )
-            self._resources.enter_context(opened)
-            self._check_weights()
-            self.adopt(graph, opened)
+        found = self._engines.pop(graph.name, None)
+        self._engines[graph.name] = found or self._opened(graph)
         return self._engines[graph.name]
+
+    def _opened(self, graph: GraphRecord) -> Engine:
+        self._check_weights()
+        if self._keep_engines is not None:
+            self._close_engines(self._keep_engines - 1)
+        like = next(iter(self._engines.values()), None)
+        where = self._device_name if like is None else str(like.device)
+        opened = open_engine(
+            self.backend, self.bundle, graph.name, where, like, self._engine_options
+        )
+        try:
+            self._check_weights()
+            check_engine(opened, graph)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    def _close_engines(self, keep: int = 0) -> None:
+        """Close those that were used longest ago, but for `keep` of them."""
+        own = [name for name in self._engines if name not in self._adopted]
+        for name in own[: max(0, len(own) - keep)]:
+            self._engines.pop(name).close()
+        free_cache(self.device)
 
     def adopt(self, graph: GraphRecord, engine: Engine) -> None:
         """Use an open engine for a graph; it stays its owner's to close."""
         check_engine(engine, graph)
         self._engines[graph.name] = engine
+        self._adopted.add(graph.name)
+
+    def reload(self, bundle: Bundle) -> None:
+        """Go on with other weights: `bundle` is the same one, opened again.
+
+        Raises:
+            UsageError: an engine is the caller's, who alone can exchange its weights.
+            IntegrityError: the bundle differs in more than its weights.
+        """
+        if self._adopted:
+            raise UsageError(
+                "an engine in use was handed in, and has the old weights",
+                got=", ".join(sorted(self._adopted)),
+                do="Close the pipeline and load the bundle again.",
+            )
+        check_only_weights_differ(self.bundle, bundle)
+        self._close_engines()
+        self.bundle, self._weights = bundle, identity(bundle.folder / WEIGHTS)
+        self._warned.clear()
+
+    def expect_lora(self, name: str, use: str) -> None:
+        """Warn, once, where the weights were not made with a LoRA of that name.
+
+        Only warn: weights may have been merged with it before the bundle was built.
+        """
+        there = [record.name for record in self.bundle.manifest.loras]
+        if name in self._warned or any(name in other for other in there):
+            return
+        self._warned.add(name)
+        log.warning(
+            "%s needs the LoRA %s in the weights; the bundle names %s: unless it was merged before "
+            "the build, the result will be poor (lcexport lora bake, or build --lora)",
+            use,
+            name,
+            ", ".join(there) or "none",
+        )
 
     def encode_text(self, prompts: list[str] | Text, cancel: CancelToken) -> Text:
         """One row per prompt. What is encoded already stays as it is."""
@@ -118,14 +193,17 @@ class Components:
         if identity(self.bundle.folder / WEIGHTS) != self._weights:
             raise IntegrityError(
                 f"the weights of {self.bundle.folder} were exchanged since it was opened",
-                do="Load it again.",
+                do="Call the pipeline's `reload_weights`, or load the bundle again.",
             )
 
     def close(self) -> None:
         """Give everything back. Harmless when called twice."""
         self.closed = True
-        self._engines.clear()
-        self._resources.close()
+        try:
+            self._close_engines()
+        finally:
+            self._engines.clear()
+            self._resources.close()
 
 
 def identity(path: Path) -> tuple[int, int, int] | None:

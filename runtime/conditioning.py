@@ -53,8 +53,7 @@ class Given:
     posterior_noise: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.image is not None and self.video is not None:
-            raise UsageError("an image and a video were given", do="Give one of them.")
+        refuse_both(self.image, self.video)
 
     @property
     def nothing(self) -> bool:
@@ -123,6 +122,12 @@ class Start:
         return self.latents.expand(count, -1, -1, -1, -1)
 
 
+def refuse_both(image: object, video: object) -> None:
+    """UsageError where a generation or a refinement would start from two things."""
+    if image is not None and video is not None:
+        raise UsageError("an image and a video were given", do="Give one of them.")
+
+
 def task_of(given: Given, cache: KeyValueCache | bool) -> Task:
     """The task that fits what was given."""
     if isinstance(cache, KeyValueCache):
@@ -149,7 +154,7 @@ def clean_latents(
 
     Args:
         generator: for the posterior's sample where its noise was not given.
-        dtype: what the sample is normalised in, and rounded to.
+        dtype: what the sample is normalised in, and rounded to; what is given is rounded to it.
 
     Raises:
         InputError, UsageError: what was given does not do for the task.
@@ -167,7 +172,7 @@ def clean_latents(
         check_latents("clean latents", made, shape)
         return made
     check_latents("clean latents", given.latents, shape)
-    return given.latents
+    return given.latents.to(dtype).float()
 
 
 def check_latents(what: str, latents: torch.Tensor, shape: tuple[int, ...]) -> None:

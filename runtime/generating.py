@@ -1,5 +1,6 @@
 """A generation: from text alone, from an image, or going on from a video."""
 
+from dataclasses import replace
 from typing import Literal, TypedDict
 
 import torch
@@ -21,7 +22,6 @@ from lcexport.runtime.conditioning import (
 )
 from lcexport.runtime.denoiser import denoise
 from lcexport.runtime.request import (
-    CONTINUATIONS,
     Prompt,
     Request,
     initial_noise,
@@ -127,9 +127,12 @@ def generate(
         enhance_hf=enhance_hf,
     )
     graph, cancel = components.bundle.job_graph(preset.name, task), cancel or CancelToken()
+    if distill:
+        components.expect_lora("cfg_step", "the distilled schedule")
+    stored = components.stored(task)
     generator = torch.Generator().manual_seed(request.seed)
     shape = (request.count, *preset.latent_shape)
-    noise = initial_noise(latents, generator, shape)
+    noise = initial_noise(latents, generator, shape, stored)
     timings: dict[str, float] = {}
     with torch.no_grad():
         with timed(timings, "text"):
@@ -141,6 +144,8 @@ def generate(
                 start = start.placed(components.device, offload_cache)
         with timed(timings, "denoise"):
             plan = request.schedule(components.shift)
+            if graph.job.num_cond_latents:  # the original writes each step into its first tensor
+                plan = replace(plan, stored=stored)
             final = denoise(
                 components, graph, texts, request.guidance_scale, start, noise, plan,
                 on_step, cancel,
@@ -179,8 +184,7 @@ def start_from(
             f"task {job.task} {'goes through' if job.cached_latents else 'takes no'} a cache",
             do="Task vc is the cached continuation, vc-uncached the other.",
         )
-    # Rounded as the original rounds it: to the DiT's precision for a continuation.
-    dtype = components.dtype if job.task in CONTINUATIONS else torch.float32
+    dtype = components.stored(job.task)
     if not job.cached_latents:
         return Start(clean_latents(given, job, generator, encode, dtype))
     maker = bundle.job_graph(graph.preset.name, job.task, "cache")

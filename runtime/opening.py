@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lcexport.configs.tasks import job_name, task_from
+from lcexport.configs.tasks import task_from
 from lcexport.engines import Engine
-from lcexport.engines.bundle import open_bundle
+from lcexport.engines.bundle import Bundle, GraphRecord, open_bundle
 from lcexport.runtime.components import Components
 from lcexport.runtime.pipeline import Pipeline, first_graph
 from lcexport.runtime.residency import Offload
@@ -21,6 +21,7 @@ def load(
     offload: Offload = "keep",
     engine: Engine | None = None,
     engine_options: Mapping[str, object] | None = None,
+    keep_engines: int | None = None,
     check_hashes: bool = False,
 ) -> Pipeline:
     """Open a bundle for generation.
@@ -36,6 +37,9 @@ def load(
             "release" to load them for each use.
         engine: use this open engine for text to video; it stays the caller's to close.
         engine_options: how the backend runs its engines; see `lcexport.engines.open_engine`.
+        keep_engines: how many engines, one for each graph, stay open; the one used longest ago is
+            closed before another is opened. Each holds the weights once more where the backend
+            shares none (ONNX Runtime, plans with their weights inside). None for all.
         check_hashes: compare every file's SHA-256, the large ones included.
 
     Raises:
@@ -46,12 +50,9 @@ def load(
     """
     bundle = open_bundle(bundle_dir, every_hash=check_hashes)
     first = first_graph(bundle, resolution)
-    names = [job_name(resolution, task_from(task)) for task in tasks or ()]
-    graphs = [bundle.graph(name) for name in names]
-    if tasks is None and first.job.task == "t2v":
-        graphs = [first]
+    graphs = graphs_to_open(bundle, first, tasks)[:keep_engines]
     tokens = first.preset.text_tokens
-    components = Components(bundle, backend, device, offload, tokens, engine_options)
+    components = Components(bundle, backend, device, offload, tokens, engine_options, keep_engines)
     try:
         if engine is not None:
             components.adopt(bundle.graph(resolution), engine)
@@ -61,3 +62,16 @@ def load(
         components.close()
         raise
     return Pipeline(components, resolution)
+
+
+def graphs_to_open(
+    bundle: Bundle, first: GraphRecord, tasks: Sequence[str] | None
+) -> list[GraphRecord]:
+    """The graphs of these tasks in the order of their use: the one that makes a cache first."""
+    if tasks is None:
+        return [first] if first.job.task == "t2v" else []
+    graphs = []
+    for task in map(task_from, tasks):
+        parts = ("cache", "denoise") if task == "vc" else ("denoise",)
+        graphs += [bundle.job_graph(first.preset.name, task, part) for part in parts]
+    return graphs

@@ -10,7 +10,7 @@ import torch
 from lcexport.configs.errors import UsageError
 from lcexport.configs.tasks import Task
 from lcexport.engines import Engine
-from lcexport.engines.bundle import Bundle, GraphRecord
+from lcexport.engines.bundle import Bundle, GraphRecord, open_bundle
 from lcexport.runtime.cache import KeyValueCache
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.components import Components
@@ -26,20 +26,24 @@ class Pipeline:
     """An opened bundle at one resolution; `load` makes it. Close it, or use it in a `with` block.
 
     Attributes:
-        bundle, preset: what it makes videos of.
+        preset: the size of its videos.
         components: the engines, the text encoder and the VAE.
     """
 
     def __init__(self, components: Components, resolution: str, *, owner: bool = True) -> None:
-        self.components, self.bundle = components, components.bundle
-        self._owner = owner
+        self.components, self._owner = components, owner
         self.resolution = resolution
         self.preset = first_graph(self.bundle, resolution).preset
         self._closed = False
 
     @property
+    def bundle(self) -> Bundle:
+        """What it makes videos of, as it was when it was opened or its weights were reloaded."""
+        return self.components.bundle
+
+    @property
     def engine(self) -> Engine:
-        """Text-to-video's engine."""
+        """Text-to-video's engine. It may be closed when another is opened: see `keep_engines`."""
         return self.components.engine(self.graph("t2v"))
 
     def graph(self, task: Task, part: str = "denoise") -> GraphRecord:
@@ -148,7 +152,8 @@ class Pipeline:
         check_whole("seed", seed, 0, MAX_SEED)
         generator = torch.Generator().manual_seed(seed)
         # `generate` draws its noise first: the same seed then gives the same cache
-        initial_noise(None, generator, (1, *self.preset.latent_shape))
+        shape = (1, *self.preset.latent_shape)
+        initial_noise(None, generator, shape, self.components.stored("vc"))
         with torch.no_grad():
             start = start_from(
                 self.components, self.graph("vc"), given, True, generator, cancel or CancelToken()
@@ -176,6 +181,23 @@ class Pipeline:
             )
         self.components.engine(graph)
         return Pipeline(self.components, resolution, owner=False)
+
+    def reload_weights(self, *, check_hashes: bool = False) -> None:
+        """Go on with the weights that are in the bundle's folder now: other LoRAs were baked in.
+
+        The engines are closed, and opened again when they are next used; text encoder and VAE
+        stay. Pipelines from `at` change with this one. Caches that were made before are refused.
+
+        Args:
+            check_hashes: compare every file's SHA-256, the large ones included.
+
+        Raises:
+            IntegrityError: more than the weights differs, or the folder is between two states;
+                the pipeline is as it was.
+            UsageError: closed, or `load` was given an engine, which only its owner can change.
+        """
+        self._check_open()
+        self.components.reload(open_bundle(self.bundle.folder, every_hash=check_hashes))
 
     def close(self) -> None:
         """Give everything back, unless it came from `at`. Harmless when called twice."""

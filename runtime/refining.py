@@ -5,14 +5,15 @@ the refinement's LoRA in the bundle's weights. All random numbers are the reques
 draws its own from torch's global generator.
 """
 
+from dataclasses import replace
 from typing import Literal, TypedDict
 
 import torch
 
+from lcexport.configs import TEMPORAL_STRIDE
 from lcexport.configs.errors import UsageError
-from lcexport.configs.refinement import RefineShape
-from lcexport.configs.tasks import Job, task_from
-from lcexport.engines.bundle import GraphRecord
+from lcexport.configs.refinement import GROUP, RefineShape
+from lcexport.configs.tasks import Job, Task, refine_task
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.components import Components
 from lcexport.runtime.conditioning import (
@@ -21,15 +22,17 @@ from lcexport.runtime.conditioning import (
     VideoSource,
     check_latents,
     image_pixels,
+    refuse_both,
     video_pixels,
 )
 from lcexport.runtime.denoiser import denoise
-from lcexport.runtime.media import Pixels, resize_video
+from lcexport.runtime.media import CONTINUATION_FPS, REFINED_FPS, Pixels, resize_video
 from lcexport.runtime.refine import condition_pixels, noised, pad_stage_one, stage_one_pixels
 from lcexport.runtime.request import MAX_SEED, check_whole
 from lcexport.runtime.sampler import OnStep
 from lcexport.runtime.schedule import MAX_STEPS, refine_schedule
 from lcexport.runtime.text import Text
+from lcexport.runtime.timing import timed
 from lcexport.runtime.video import Video
 
 STEPS = 50
@@ -81,12 +84,14 @@ def refine(
     VAE's sample of the condition.
 
     Args:
-        video: what was generated at `resolution`: a file, uint8 [F, H, W, 3] or a `Video`.
+        video: what was generated at `resolution`: a file, uint8 [F, H, W, 3] or a `Video`. F may
+            be any number that is padded to as many latents as the resolution's own.
         image: of an image-to-video generation, its image, the first refined frame.
-        cond_video: refined frames before these; the task's last ones are used.
+        cond_video: refined frames before these; the task's last ones are used. Of a file, every so
+            many, for about 30 per second, 15 where `spatial`.
         spatial: keep the number of frames; otherwise it doubles.
         steps: of the schedule that the threshold cuts: 50 make 5 calls.
-        t_thresh: how much of the start is noise, 0..1.
+        t_thresh: how much of the start is noise, above 0 and at most 1.
         posterior_noise: float32 [1, 16, T, H, W] in place of the seed's.
         noise: the same, for the start.
         latents: the start itself, half noise, normalised.
@@ -102,24 +107,28 @@ def refine(
     """
     check_whole("seed", seed, 0, MAX_SEED)
     check_whole("steps", steps, 1, MAX_STEPS)
-    if image is not None and cond_video is not None:
-        raise UsageError("an image and a video were given to go on from", do="Give one of them.")
     if isinstance(t_thresh, bool) or not isinstance(t_thresh, int | float):
-        raise UsageError("the threshold is not a number", got=repr(t_thresh), wanted="0..1")
-    graph = refinement_graph(components, resolution, image, cond_video, spatial)
-    job, shape = graph.job, refinement_of(graph.job)
+        raise UsageError("the threshold is not a number", got=repr(t_thresh))
+    task = refinement_task(image, cond_video, spatial)
+    graph = components.bundle.job_graph(resolution, task)
+    job = graph.job
+    plan = refine_schedule(steps, t_thresh, components.shift)
+    frames = stage_one_frames(video, job)
+    shape = refinement_of(job, len(frames))
     if not shape.cond_frames and (cond_latents is not None or cond_posterior_noise is not None):
         raise UsageError("this refinement goes on from nothing", do="Give no condition's latents.")
-    frames = stage_one_frames(video, job)
-    plan = refine_schedule(steps, t_thresh, components.shift)
+    components.expect_lora("refinement", "refinement")
     cancel = cancel or CancelToken()
     draw = Draws(components, torch.Generator().manual_seed(seed))
+    timings: dict[str, float] = {}
     with torch.no_grad():
-        encoded = prompt if isinstance(prompt, Text) else [prompt]
-        text = components.encode_text(encoded, cancel)
+        with timed(timings, "text"):
+            encoded = prompt if isinstance(prompt, Text) else [prompt]
+            text = components.encode_text(encoded, cancel)
         given = latents is not None or noise is not None
         if latents is None:
-            latents = half_noised(frames, job, draw, t_thresh, posterior_noise, noise)
+            with timed(timings, "encode"):
+                latents = half_noised(frames, job, draw, t_thresh, posterior_noise, noise)
         check_latents("refinement's latents", latents, job.latent_shape)
         if len(text.embeds) != 1 or len(latents) != 1:
             raise UsageError(
@@ -127,12 +136,16 @@ def refine(
             )
         start = Start()
         if shape.cond_frames:
-            start = condition(job, image, cond_video, cond_latents, cond_posterior_noise, draw)
-        final = denoise(components, graph, (text, None), 1.0, start, latents, plan, on_step, cancel)
+            with timed(timings, "condition"):
+                start = condition(job, image, cond_video, cond_latents, cond_posterior_noise, draw)
+        with timed(timings, "denoise"):
+            texts = (text, None)
+            final = denoise(components, graph, texts, 1.0, start, latents, plan, on_step, cancel)
         if output == "latents":
             return final
-        made = components.decode(final, cancel)[0][shape.kept]
-    return Video(made, job.preset.fps * (1 if spatial else 2), {}, None if given else seed)
+        with timed(timings, "decode"):
+            made = components.decode(final, cancel)[0][shape.kept]
+    return Video(made, job.preset.fps * (1 if spatial else 2), timings, None if given else seed)
 
 
 def half_noised(
@@ -144,7 +157,7 @@ def half_noised(
     noise: torch.Tensor | None,
 ) -> torch.Tensor:
     """Where the sampler starts, float32 [1, 16, T, H, W]; the enlarged video is let go."""
-    shape, size = refinement_of(job), (job.height, job.width)
+    shape, size = refinement_of(job, len(frames)), (job.height, job.width)
     dtype, device = draw.components.dtype, draw.components.device
     pixels = stage_one_pixels(frames, size, shape.new_frames, dtype, device)
     # mixed in the VAE's precision, as the original does
@@ -180,38 +193,47 @@ class Draws:
         return drawn.to(like.device, like.dtype)
 
 
-def refinement_graph(
-    components: Components,
-    resolution: str,
-    image: ImageSource | None,
-    cond_video: VideoSource | None,
-    spatial: bool,
-) -> GraphRecord:
-    """The graph for this kind of refinement; UsageError where the bundle has none."""
-    after = "-i2v" if image is not None else "-vc" if cond_video is not None else ""
-    task = task_from(("spatial" if spatial else "refine") + after)
-    return components.bundle.job_graph(resolution, task)
+def refinement_task(
+    image: ImageSource | None, cond_video: VideoSource | None, spatial: bool
+) -> Task:
+    """The task for this kind of refinement; UsageError where it would go on from two things."""
+    refuse_both(image, cond_video)
+    if image is not None:
+        return refine_task(spatial, "i2v")
+    return refine_task(spatial, "vc" if cond_video is not None else "")
 
 
-def refinement_of(job: Job) -> RefineShape:
+def refinement_of(job: Job, frames: int | None = None) -> RefineShape:
+    """How a graph's videos are padded, or one of so many frames, which `fits` it."""
     shape = job.refinement
     assert shape is not None, f"{job.task} is a refinement"
-    return shape
+    return shape if frames is None else replace(shape, stage_one_frames=frames)
+
+
+def fits(job: Job, frames: int) -> bool:
+    """Whether a video of so many frames is padded to the graph's latents."""
+    own = refinement_of(job)
+    if frames * own.new_frames <= own.cond_frames * own.stage_one_frames:
+        return False  # nothing would be left to refine
+    return refinement_of(job, frames).latents == own.latents
 
 
 def stage_one_frames(video: VideoSource, job: Job) -> Pixels:
-    """The video's frames; UsageError where the first stage makes others."""
+    """The video's frames; UsageError where they are not of the size, or are padded otherwise."""
     frames = video_pixels(video, None)
     preset = job.preset
-    found, wanted = frames.shape[:3], (preset.frames, preset.height, preset.width)
-    if found != wanted:
-        raise UsageError(
-            "this is not a video of the first stage",
-            got=f"{found[0]} frames of {found[1]} x {found[2]} pixels",
-            wanted=f"{wanted[0]} frames of {wanted[1]} x {wanted[2]}",
-            do=f"Refine what was generated at {preset.name}.",
-        )
-    return frames
+    count, height, width, _ = frames.shape
+    if (height, width) == (preset.height, preset.width) and fits(job, count):
+        return frames
+    near = range(1, preset.frames + GROUP * TEMPORAL_STRIDE)
+    taken = [number for number in near if fits(job, number)]
+    raise UsageError(
+        "this is not a video of the first stage",
+        got=f"{count} frames of {height} x {width} pixels",
+        wanted=f"{taken[0]} to {taken[-1]} frames of {preset.height} x {preset.width}",
+        do=f"Refine what was generated at {preset.name}, or build for this length: lcexport build "
+        f"--res {preset.height}x{preset.width}x{count} --task {job.task}",
+    )
 
 
 def condition(
@@ -226,7 +248,12 @@ def condition(
     channels, _, height, width = job.latent_shape
     wanted = (channels, job.num_cond_latents, height, width)
     if latents is None:
-        given = image_pixels(image)[None] if image is not None else video_pixels(cond_video, None)  # pyright: ignore[reportArgumentType]  # one of them is there
+        if image is not None:
+            given = image_pixels(image)[None]
+        else:
+            assert cond_video is not None, "one of them is there"
+            fps = CONTINUATION_FPS if refinement_of(job).spatial_only else REFINED_FPS
+            given = video_pixels(cond_video, fps, job.cond_frames)
         pixels = resize_video(given[-job.cond_frames :], job.height, job.width)
         padded = condition_pixels(pixels, refinement_of(job))
         latents = draw.encoded(padded, posterior_noise, wanted)

@@ -9,7 +9,7 @@ import torch
 
 from lcexport.configs import Preset
 from lcexport.configs.errors import UsageError
-from lcexport.configs.tasks import Task
+from lcexport.configs.tasks import CONTINUATIONS, Task
 from lcexport.runtime.conditioning import check_latents
 from lcexport.runtime.schedule import (
     DISTILL_GRID,
@@ -27,7 +27,6 @@ Prompt = str | list[str] | Text
 MAX_SEED = 2**63 - 1
 DISTILL_STEPS = 16  # the distilled model's own defaults: few steps, guidance built in
 DISTILL_GUIDANCE = 1.0
-CONTINUATIONS = ("vc", "vc-uncached")
 
 
 @dataclass(frozen=True)
@@ -162,18 +161,24 @@ def check_guidance(scale: float) -> None:
 
 
 def initial_noise(
-    latents: torch.Tensor | None, generator: torch.Generator, shape: Sequence[int]
+    latents: torch.Tensor | None,
+    generator: torch.Generator,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Noise float32 [B, 16, T, H, W]: the caller's, or drawn once for the batch.
 
     Drawn on the CPU: the same seed then gives the same noise whatever the device.
 
+    Args:
+        dtype: what it is drawn in, or rounded to.
+
     Raises:
         UsageError: the caller's noise has another shape or dtype, or is not finite.
     """
     if latents is None:
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+        return torch.randn(tuple(shape), generator=generator, dtype=dtype).float()
     check_latents("initial latents", latents, tuple(shape[1:]))
     if len(latents) != shape[0]:
         raise UsageError("the initial latents do not fit", got=len(latents), wanted=shape[0])
-    return latents
+    return latents.to(dtype).float()

@@ -53,7 +53,7 @@ def sample(
         started = time.perf_counter()
         sigma, sigma_next = schedule.sigmas[i], schedule.sigmas[i + 1]
         v = velocity(latents, timestep.expand(len(latents)))
-        latents = euler_step(latents, v, sigma, sigma_next)
+        latents = euler_step(latents, v, sigma, sigma_next, schedule.stored)
         check_finite(latents, i + 1, schedule.steps, timestep.item())
         if on_step:
             seconds = time.perf_counter() - started

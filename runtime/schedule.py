@@ -21,10 +21,14 @@ HF_STEPS = 10
 
 @dataclass(frozen=True)
 class Schedule:
-    """Timesteps [S] on the 0..1000 scale and sigmas [S+1], the last one 0. Both float32, CPU."""
+    """Timesteps [S] on the 0..1000 scale and sigmas [S+1], the last one 0. Both float32, CPU.
+
+    `stored` is what latents are rounded to after every step.
+    """
 
     timesteps: torch.Tensor
     sigmas: torch.Tensor
+    stored: torch.dtype = torch.float32
 
     @property
     def steps(self) -> int:
@@ -52,10 +56,15 @@ def refine_schedule(steps: int, t_thresh: float = 0.5, shift: float = 12.0) -> S
     Fewer calls than `steps`: 5 for 50 steps at threshold 0.5 and shift 12.
 
     Raises:
-        UsageError: as `schedule`, or a threshold outside 0..1.
+        UsageError: as `schedule`, or a threshold that is not above 0 and at most 1: at 0 nothing
+            would be left to refine.
     """
     if not 0 < t_thresh <= 1:
-        raise UsageError("the refinement's threshold is out of range", got=t_thresh, wanted="0..1")
+        raise UsageError(
+            "the refinement's threshold is out of range",
+            got=t_thresh,
+            wanted="above 0 and at most 1",
+        )
     start = TRAIN_TIMESTEPS * t_thresh
     timesteps = schedule(steps, shift).timesteps
     return from_timesteps(torch.cat([torch.tensor([start]), timesteps[timesteps < start]]))
@@ -73,15 +82,22 @@ def enhance_hf_schedule(steps: int, shift: float = 12.0) -> Schedule:
 
 
 def euler_step(
-    latents: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    sigma: torch.Tensor,
+    sigma_next: torch.Tensor,
+    stored: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """One Euler step from `sigma` to `sigma_next`: new float32 latents of the same shape.
+
+    `stored` is what they are rounded to, if that is coarser.
 
     With x = (1 - sigma) * x0 + sigma * noise the slope dx/dsigma is noise - x0. The network
     predicts x0 - noise, hence the minus sign: the only place in this project that has it.
     The sigmas are 0-dimensional float32 tensors, so that their difference is rounded as float32.
     """
-    return latents.float() + (sigma_next - sigma) * (-velocity.float())
+    stepped = latents.float() + (sigma_next - sigma) * (-velocity.float())
+    return stepped.to(stored).float()
 
 
 def distilled_grid(steps: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from lcexport.cli.output import (
     ContactSheetOption,
     EngineOption,
     HashesOption,
+    KeepEnginesOption,
     OffloadOption,
     OutOption,
     check_output,
@@ -84,6 +85,7 @@ def generate(
     backend: BackendOption = None,
     device: DeviceOption = "cpu",
     offload: OffloadOption = "keep",
+    keep_engines: KeepEnginesOption = None,
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps; the preset's, or 16 distilled.")
     ] = None,
@@ -118,7 +120,8 @@ def generate(
         video, only_new=only_new, cond_frames=cond_frames is not None, no_cache=not cache,
         offload_cache=offload_cache,
     )  # fmt: skip
-    source = read_source(image, video, cache)
+    most = max(record.job.cond_frames for record in manifest.graphs.values())
+    source = read_source(image, video, cache, last=most or None if only_new else None)
     graph = graph_for(Bundle(bundle, manifest), res, source)
     check_cond_frames(graph.job, cond_frames)
     source.check(graph.job)
@@ -132,6 +135,7 @@ def generate(
             device,
             tasks=[source.task],
             engine_options=pairs(engine or ()),
+            keep_engines=keep_engines,
             check_hashes=check_hashes,
             offload=offload,  # pyright: ignore[reportArgumentType]  # checked by `load`
         ) as pipe,

@@ -12,7 +12,7 @@ import torch
 
 from lcexport.configs.buckets import bucket
 from lcexport.configs.errors import UsageError
-from lcexport.configs.tasks import COND_FRAMES, Job, Task, task_from
+from lcexport.configs.tasks import COND_FRAMES, Job, Task
 from lcexport.engines.bundle import Bundle, GraphRecord
 from lcexport.runtime.conditioning import Given, task_of
 from lcexport.runtime.media import (
@@ -23,7 +23,7 @@ from lcexport.runtime.media import (
     read_video,
     resize_frames_bicubic,
 )
-from lcexport.runtime.refining import stage_one_frames
+from lcexport.runtime.refining import fits, refinement_task, stage_one_frames
 from lcexport.runtime.video import Video
 
 
@@ -55,15 +55,17 @@ class Source:
             Given(self.image, self.video).pixels(job)
 
 
-def read_source(image: Path | None, video: Path | None, cache: bool) -> Source:
-    """The files' pixels.
+def read_source(
+    image: Path | None, video: Path | None, cache: bool, last: int | None = None
+) -> Source:
+    """The files' pixels; of a video no more than the last so many frames.
 
     Raises:
         UsageError: both were given.
         InputError: the file is no image or video.
     """
     task = task_of(Given(image, video), cache)
-    frames = None if video is None else read_video(video, CONTINUATION_FPS)[0]
+    frames = None if video is None else read_video(video, CONTINUATION_FPS, last)[0]
     return Source(None if image is None else read_image(image), frames, task)
 
 
@@ -212,18 +214,16 @@ def read_first_stage(
     """The files' pixels.
 
     Raises:
-        UsageError: an image and a video were given to go on from.
+        UsageError: both an image and a video were given to go on from.
         InputError: a file is no image or video.
     """
-    if image is not None and cond_video is not None:
-        raise UsageError("an image and a video were given to go on from", do="Give one of them.")
-    after = "-i2v" if image is not None else "-vc" if cond_video is not None else ""
+    task = refinement_task(image, cond_video, spatial)
     fps = CONTINUATION_FPS if spatial else REFINED_FPS
     return FirstStage(
         read_video(video)[0],
         None if image is None else read_image(image),
         None if cond_video is None else read_video(cond_video, fps)[0],
-        task_from(("spatial" if spatial else "refine") + after),
+        task,
     )
 
 
@@ -236,8 +236,9 @@ def refinement_for(bundle: Bundle, res: str | None, given: FirstStage) -> GraphR
     graph = first_for(bundle, given.task) if res is None else bundle.job_graph(res, given.task)
     if res is None:
         for built in built_for(bundle, given.task):
-            preset = built.preset
-            if given.frames.shape[:3] == (preset.frames, preset.height, preset.width):
+            frames, height, width, _ = given.frames.shape
+            size = (built.preset.height, built.preset.width)
+            if size == (height, width) and fits(built.job, frames):
                 graph = built
     given.check(graph.job)
     return graph

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lcexport.cli.app import BundleArgument, DeviceOption, JsonOption, app, pairs, progress_bars
+from lcexport.cli.output import KeepEnginesOption
 from lcexport.configs.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def long_video(
     offload: Annotated[
         str, typer.Option(help="Text encoder and VAE: keep, cpu, or release after use.")
     ] = "keep",
+    keep_engines: KeepEnginesOption = None,
     engine: Annotated[
         list[str] | None,
         typer.Option(help="How a TensorRT engine runs, as for `generate`; may be repeated."),
@@ -99,7 +101,8 @@ def long_video(
         return load(
             folder, res, backend or read_manifest(folder).default_backend, device, tasks=(),
             offload=offload,  # pyright: ignore[reportArgumentType]  # checked by `load`
-            engine_options=pairs(engine or ()), check_hashes=check_hashes,
+            engine_options=pairs(engine or ()), keep_engines=keep_engines,
+            check_hashes=check_hashes,
         )  # fmt: skip
 
     with progress_bars() as bar:

@@ -26,6 +26,14 @@ EngineOption = Annotated[
         "repeated."
     ),
 ]
+KeepEnginesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="How many engines, one for each graph, stay open: 1 for the least memory, and the "
+        "time to open them again. All by default.",
+    ),
+]
 HashesOption = Annotated[
     bool, typer.Option("--check-hashes", help="Hash the large files too, before opening them.")
 ]

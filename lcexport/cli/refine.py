@@ -1,6 +1,5 @@
 """`refine`."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -60,7 +59,7 @@ def refine(
     offload: OffloadOption = "keep",
     steps: Annotated[int, typer.Option(help="Of the whole schedule: 50 make 5 calls.")] = 50,
     threshold: Annotated[
-        float, typer.Option(help="The noise's share of the start, up to 1.")
+        float, typer.Option(help="The noise's share of the start, above 0 and up to 1.")
     ] = 0.5,
     seed: Annotated[int, typer.Option(help="Of the noise and the VAE's samples.")] = 0,
     engine: EngineOption = None,
@@ -71,7 +70,6 @@ def refine(
     from lcexport.cli.given import read_first_stage, refinement_for
     from lcexport.engines.bundle import Bundle, read_manifest
     from lcexport.runtime import Video, load
-    from lcexport.runtime.timing import timed
 
     manifest = read_manifest(bundle)
     check_output(out, contact_sheet)
@@ -94,18 +92,16 @@ def refine(
         def on_step(event: "StepEvent") -> None:
             bar("refining", event.step, event.steps)
 
-        timings: dict[str, float] = {}
-        with timed(timings, "refine"):
-            made = pipe.refine(
-                given.frames,
-                prompt,
-                image=given.image,
-                cond_video=given.before,
-                spatial=spatial,
-                seed=seed,
-                steps=steps,
-                t_thresh=threshold,
-                on_step=on_step,
-            )
+        made = pipe.refine(
+            given.frames,
+            prompt,
+            image=given.image,
+            cond_video=given.before,
+            spatial=spatial,
+            seed=seed,
+            steps=steps,
+            t_thresh=threshold,
+            on_step=on_step,
+        )
     assert isinstance(made, Video), "latents were not asked for"
-    write_video(replace(made, timings=timings), graph.job, out, contact_sheet, as_json)
+    write_video(made, graph.job, out, contact_sheet, as_json)

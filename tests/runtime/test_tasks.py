@@ -212,9 +212,16 @@ def test_a_cache_of_other_weights_or_sizes(pipe, clip):
             pipe.generate("a cat", cache=type(cache)(cache.latents, cache.samples, source))
 
 
-@pytest.mark.parametrize("shape", [(12, 64, 96, 3), (13, 64, 64, 3)])
-def test_a_refinement_of_something_else(pipe, shape):
-    with pytest.raises(UsageError, match="not a video of the first stage"):
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((8, 64, 96, 3), r"got 8 frames .*wanted 9 to 16 frames of 64 x 96.*--res 64x96x8 --task"),
+        ((17, 64, 96, 3), "got 17 frames"),
+        ((13, 64, 64, 3), "got 13 frames of 64 x 64"),
+    ],
+)
+def test_a_refinement_of_something_else(pipe, shape, message):
+    with pytest.raises(UsageError, match=f"not a video of the first stage; {message}"):
         pipe.refine(np.zeros(shape, np.uint8))
 
 
