@@ -213,7 +213,7 @@ def refinement_of(job: Job, frames: int | None = None) -> RefineShape:
 def fits(job: Job, frames: int) -> bool:
     """Whether a video of so many frames is padded to the graph's latents."""
     own = refinement_of(job)
-    if frames * own.new_frames <= own.cond_frames * own.stage_one_frames:
+    if frames * (1 if own.spatial_only else 2) <= own.cond_frames:
         return False  # nothing would be left to refine
     return refinement_of(job, frames).latents == own.latents
 
@@ -223,7 +223,8 @@ def stage_one_frames(video: VideoSource, job: Job) -> Pixels:
     frames = video_pixels(video, None)
     preset = job.preset
     count, height, width, _ = frames.shape
-    if (height, width) == (preset.height, preset.width) and fits(job, count):
+    same_size = (height, width) == (preset.height, preset.width)
+    if same_size and fits(job, count):
         return frames
     near = range(1, preset.frames + GROUP * TEMPORAL_STRIDE)
     taken = [number for number in near if fits(job, number)]
@@ -231,8 +232,9 @@ def stage_one_frames(video: VideoSource, job: Job) -> Pixels:
         "this is not a video of the first stage",
         got=f"{count} frames of {height} x {width} pixels",
         wanted=f"{taken[0]} to {taken[-1]} frames of {preset.height} x {preset.width}",
-        do=f"Refine what was generated at {preset.name}, or build for this length: lcexport build "
-        f"--res {preset.height}x{preset.width}x{count} --task {job.task}",
+        do=f"Build for this length: lcexport build --res {height}x{width}x{count} --task {job.task}"
+        if same_size
+        else f"Refine what was generated at {preset.name}.",
     )
 
 
