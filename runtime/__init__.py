@@ -22,6 +22,8 @@ refine.py     finished frames -> where their refinement starts
 long.py       segments that each continue the one before: long and interactive videos
 long_refining.py   their refinement, window by window
 segments.py   the folder of finished segments, from which both go on; its frames as one MP4
+journal.py    what that folder is of
+timing.py     how long each stage took
 vae.py        frames -> latents -> frames
 video.py      frames -> MP4, contact sheet
 residency.py  where the text encoder and the VAE wait

@@ -29,7 +29,7 @@ from lcexport.runtime.conditioning import (
 from lcexport.runtime.generating import Options
 from lcexport.runtime.media import Pixels, resize_frames, truncated_uint8
 from lcexport.runtime.pipeline import Pipeline
-from lcexport.runtime.request import check_whole, request_from
+from lcexport.runtime.request import check_whole, initial_noise, request_from
 from lcexport.runtime.sampler import OnStep
 from lcexport.runtime.segments import (
     Frames,
@@ -67,6 +67,8 @@ def generate_long(
     cancel: CancelToken | None = None,
 ) -> LongVideo:
     """Make a long video, or go on with one: the same call again continues what was interrupted.
+
+    With more prompts than before, or other ones for segments that are not finished, it is extended.
 
     Args:
         prompts: one for all segments, or one for each.
@@ -110,8 +112,13 @@ def generate_long(
     negative = None if request.negatives is None else negative_prompt
     preset, cancel = pipe.preset, cancel or CancelToken()
     journal = Journal(fps=preset.fps, height=preset.height, width=preset.width, request=asked)
-    with open_segments(Path(folder), journal) as made:
-        before = 0 if source is None else 1  # the source is a segment that nobody generates
+    before = 0 if source is None else 1  # the source is a segment that nobody generates
+
+    def kept(found: Journal) -> int | None:
+        finished = found.request["prompts"][: max(0, len(found.segments) - before)]
+        return len(found.segments) if finished == texts[: len(finished)] else None
+
+    with open_segments(Path(folder), journal, "prompts", kept) as made:
         if source is not None and not made.count:
             made.add(source, 0)
         for number in unfinished(made.count - before, len(texts), on_segment, cancel):
@@ -142,10 +149,12 @@ def begin_segment(
 def unrounded_latents(pipe: Pipeline, frames: Frames, seed: int) -> torch.Tensor:
     """Latents of float32 frames [F, H, W, 3], with the random numbers that uint8 frames get."""
     generator = torch.Generator().manual_seed(seed)
-    torch.randn((1, *pipe.preset.latent_shape), generator=generator)  # the generation's noise
+    shape, stored = (1, *pipe.preset.latent_shape), pipe.components.stored("vc")
+    initial_noise(None, generator, shape, stored)  # the generation's
     pixels_3FHW = (2 * torch.from_numpy(frames) - 1).permute(3, 0, 1, 2)
     with torch.no_grad():
-        return pipe.components.encode_frames(pixels_3FHW[None].contiguous(), generator)
+        pixels_13FHW = pixels_3FHW[None].contiguous()
+        return pipe.components.encode_frames(pixels_13FHW, generator, stored).float()
 
 
 def add_segment(

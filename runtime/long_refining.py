@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lcexport.configs.errors import UsageError
-from lcexport.configs.tasks import Task, task_from
+from lcexport.configs.tasks import Task, refine_task
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.media import Pixels, truncated_uint8
 from lcexport.runtime.pipeline import Pipeline
@@ -46,7 +46,8 @@ def refine_long(
 ) -> LongVideo:
     """Refine a long video, or go on with it: the same call again continues.
 
-    No prompt is used. A last window that is too short is filled up with its last frame; what the
+    Where the video has become longer since, its windows stay, but for one that was filled up. No
+    prompt is used. A last window that is too short is filled up with its last frame; what the
     repetitions become is not shown.
 
     Args:
@@ -75,14 +76,21 @@ def refine_long(
     rate = 1 if spatial else 2
     stride = preset.frames - graphs[-1].job.cond_frames // rate
     windows = 1 + max(0, math.ceil((video.frames - preset.frames) / stride))
+    shown = digests(video)
     asked = {
         "seed": seed, "steps": steps, "t_thresh": t_thresh, "spatial": spatial,
-        "video": digest(video),
+        "video": shown,
         **fingerprint(pipe.bundle, graphs),
     }  # fmt: skip
     job, cancel = graphs[-1].job, cancel or CancelToken()
     journal = Journal(fps=video.fps * rate, height=job.height, width=job.width, request=asked)
-    with open_segments(Path(folder), journal) as made:
+
+    def kept(found: Journal) -> int | None:
+        before = found.request["video"]
+        whole = [s for s in found.segments if s.skipped + s.frames == preset.frames * rate]
+        return len(whole) if before == shown[: len(before)] else None
+
+    with open_segments(Path(folder), journal, "video", kept) as made:
         for number in unfinished(made.count, windows, on_segment, cancel):
             options = RefineOptions(
                 seed=segment_seed(seed, "window", number),
@@ -105,8 +113,7 @@ def refine_long(
 
 def refine_tasks(spatial: bool, several: bool) -> list[Task]:
     """The tasks of the first window and, where there are several, of the others."""
-    kind = "spatial" if spatial else "refine"
-    return [task_from(kind), *([task_from(f"{kind}-vc")] if several else [])]
+    return [refine_task(spatial), *([refine_task(spatial, "vc")] if several else [])]
 
 
 def window(video: LongVideo, start: int, count: int) -> tuple[Pixels, int]:
@@ -116,7 +123,7 @@ def window(video: LongVideo, start: int, count: int) -> tuple[Pixels, int]:
     return np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)]), len(frames)
 
 
-def digest(video: LongVideo) -> str:
-    """SHA-256 that stands for all frames of a long video, by those of its files."""
-    files = [segment.model_dump_json() for segment in video.journal.segments]
-    return hashlib.sha256("\n".join(files).encode()).hexdigest()
+def digests(video: LongVideo) -> list[str]:
+    """For each segment of a long video, a SHA-256 that stands for its frames."""
+    segments = (segment.model_dump_json() for segment in video.journal.segments)
+    return [hashlib.sha256(text.encode()).hexdigest() for text in segments]

@@ -14,51 +14,33 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.numpy import save as to_safetensors
 
-from lcexport.configs.errors import IncompatibleError, IntegrityError, LockedError, UsageError
+from lcexport.configs.errors import LockedError, UsageError
 from lcexport.engines.bundle import COMPONENTS, WEIGHTS, Bundle, FileRecord, GraphRecord, check_file
 from lcexport.engines.files import new_file, resource_errors, sha256_of, write_bytes
 from lcexport.engines.folders import FolderLock
 from lcexport.runtime.cancel import CancelToken
+from lcexport.runtime.journal import (
+    JOURNAL,
+    Journal,
+    Kept,
+    Segment,
+    check_same,
+    read_journal,
+    write_journal,
+)
 from lcexport.runtime.media import Pixels, truncated_uint8
 from lcexport.runtime.video import Video, check_target, write_mp4
 
-SCHEMA_VERSION = 1
-JOURNAL = "journal.json"
 Frames = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 OnSegment = Callable[[int, int], object]  # finished, wanted
-
-
-class Segment(BaseModel):
-    """One finished segment: its file, and which of the file's frames the video shows."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    file: str = Field(pattern=r"^\d{3,}\.safetensors$")
-    record: FileRecord
-    skipped: int = Field(ge=0)  # at the file's beginning: they are the segment before
-    frames: int = Field(ge=1)  # shown, after those
-
-
-class Journal(BaseModel):
-    """What a folder's segments are. `request` is all that decides their frames."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: Literal[1] = SCHEMA_VERSION
-    fps: float = Field(gt=0)
-    height: int
-    width: int
-    request: dict[str, Any]
-    segments: tuple[Segment, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,10 +178,17 @@ def fingerprint(bundle: Bundle, graphs: Iterable[GraphRecord]) -> dict[str, Any]
 
 
 @contextmanager
-def open_segments(folder: Path, wanted: Journal) -> Iterator[SegmentFolder]:
+def open_segments(
+    folder: Path, wanted: Journal, grows: str = "", kept: Kept = lambda found: None
+) -> Iterator[SegmentFolder]:
     """A folder for this journal's request: new, empty, or with the request's first segments in it.
 
     It is locked until the block ends, or the process does.
+
+    Args:
+        grows: what of the request may be more than it was when the folder was begun.
+        kept: how many of a folder's segments are those of the request that has grown; None where
+            it is another one.
 
     Raises:
         UsageError: the folder holds another request's segments, or other files.
@@ -220,13 +209,13 @@ def open_segments(folder: Path, wanted: Journal) -> Iterator[SegmentFolder]:
     try:
         for left in folder.glob(".*.partial"):  # by a process that was killed
             left.unlink()
-        yield SegmentFolder(folder, continued(folder, wanted))
+        yield SegmentFolder(folder, continued(folder, wanted, grows, kept))
     finally:
         lock.release()
 
 
-def continued(folder: Path, wanted: Journal) -> Journal:
-    """The folder's journal where it is of the same request, a new one in an empty folder."""
+def continued(folder: Path, wanted: Journal, grows: str, kept: Kept) -> Journal:
+    """The folder's journal, with the request as it is now; a new one in an empty folder."""
     path = folder / JOURNAL
     if not path.exists():
         if other := next(folder.iterdir(), None):
@@ -237,52 +226,21 @@ def continued(folder: Path, wanted: Journal) -> Journal:
         write_journal(folder, wanted)
         return wanted
     found = read_journal(path)
-    check_same(folder, found.request, json.loads(wanted.model_dump_json())["request"])
+    asked = json.loads(wanted.model_dump_json())["request"]
+    there, count = found.request, len(found.segments)
+    if there.get(grows) != asked.get(grows) and grows in there:
+        count = kept(found)
+        if count is not None:
+            # A longer one may need more graphs; those that both need must be the same.
+            graphs = {name: there["graphs"].get(name, new) for name, new in asked["graphs"].items()}
+            there = {**there, grows: asked[grows], "graphs": graphs}
+    check_same(folder, there, asked)
     LongVideo(folder, found).check()
-    return found
-
-
-def check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """UsageError that names what differs between two requests."""
-    names = sorted(found.keys() | wanted.keys())
-    other = [name for name in names if found.get(name) != wanted.get(name)]
-    if other:
-        shown = other[0]
-        raise UsageError(
-            f"{folder} holds another request's segments: {', '.join(other)} differ",
-            got=f"{shown} {brief(wanted.get(shown))}", wanted=f"{brief(found.get(shown))} as there",
-            do="Ask for the same to continue, or name another folder.",
-        )  # fmt: skip
-
-
-def brief(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def write_journal(folder: Path, journal: Journal) -> None:
-    text = journal.model_dump_json(indent=1) + "\n"
-    write_bytes(folder / JOURNAL, text.encode(), replace=True)
-
-
-def read_journal(path: Path) -> Journal:
-    """Parse `journal.json`. Raises IntegrityError, IncompatibleError: see `open_segments`."""
-    do = "Move the folder away and start again."
-    try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path} is not JSON: {error}", do=do) from error
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
-        raise IncompatibleError(
-            f"{path} has another schema version", got=version, wanted=SCHEMA_VERSION, do=do
-        )
-    try:
-        return Journal.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise IntegrityError(f"{path}: {where}: {first['msg']}", do=do) from error
+    if there is found.request:
+        return found
+    grown = wanted.model_copy(update={"segments": found.segments[:count]})
+    write_journal(folder, grown)
+    return grown
 
 
 def tensor(frames: Frames) -> torch.Tensor:

@@ -379,6 +379,56 @@ def test_another_request_does_not_continue(pipe, made, calls, options, differs):
     assert calls == []
 
 
+def test_a_long_video_can_be_extended(pipe, made, calls, tmp_path):
+    one = generate_long(pipe, TEXTS[:1], tmp_path, segments=1, seed=3, steps=STEPS)
+    assert one.frames == FRAMES
+    assert list(one.journal.request["graphs"]) == ["tiny"]
+    three = generate_long(pipe, TEXTS, tmp_path, seed=3, steps=STEPS)
+    assert len(calls) == 3
+    assert np.array_equal(all_frames(three), all_frames(made))
+    assert three.journal.request == made.journal.request
+
+
+def test_prompts_of_what_is_not_finished_can_be_changed(pipe, fake, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        generate_long(pipe, TEXTS, tmp_path, on_segment=stop_after(2))
+    files = [(tmp_path / f"00{number}.safetensors").read_bytes() for number in range(2)]
+    four = generate_long(pipe, [*TEXTS[:2], "drums", "rain"], tmp_path)
+    assert [(tmp_path / f"00{number}.safetensors").read_bytes() for number in range(2)] == files
+    assert four.frames == FRAMES + 3 * NEW
+    assert len(fake) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "differs"),
+    [
+        (["a dog", "a cat", "rain", "drums"], {}, "prompts"),
+        (TEXTS[:2], {}, "prompts"),
+        ([*TEXTS, "drums"], {"seed": 4}, "seed"),
+    ],
+)
+def test_what_is_no_extension_is_refused(pipe, fake, tmp_path, prompts, options, differs):
+    generate_long(pipe, TEXTS, tmp_path)
+    journal = (tmp_path / JOURNAL).read_bytes()
+    with pytest.raises(UsageError, match=f"another request's segments: {differs} differ"):
+        generate_long(pipe, prompts, tmp_path, **options)
+    assert (tmp_path / JOURNAL).read_bytes() == journal
+
+
+def test_a_refinement_is_extended_with_its_video(pipe, fake, clip, tmp_path):
+    short = generate_long(pipe, "a", tmp_path / "a", segments=1, video=clip)
+    refine_long(pipe, short, tmp_path / "b", seed=3)
+    longer = generate_long(pipe, ["a", "b"], tmp_path / "a", video=clip)
+    seen = []
+    found = refine_long(
+        pipe, longer, tmp_path / "b", seed=3, on_segment=lambda *event: seen.append(event)
+    )
+    assert seen == [(1, 3), (2, 3), (3, 3)]  # the second window had been filled up
+    assert found.frames == 2 * longer.frames == 46
+    fresh = refine_long(pipe, longer, tmp_path / "c", seed=3)
+    assert np.array_equal(all_frames(found), all_frames(fresh))
+
+
 def test_other_weights_do_not_continue(pipe, made, monkeypatch):
     files = dict(pipe.bundle.manifest.files)
     files["dit.safetensors"] = files["dit.safetensors"].model_copy(update={"sha256": "0" * 64})
