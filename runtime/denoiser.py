@@ -13,7 +13,7 @@ from lcexport.runtime.cache import KeyValueCache, Tensors
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.components import Components
 from lcexport.runtime.conditioning import Start
-from lcexport.runtime.guidance import cfg_zero
+from lcexport.runtime.guidance import Scratch, cfg_zero
 from lcexport.runtime.sampler import OnStep, sample
 from lcexport.runtime.schedule import Schedule
 from lcexport.runtime.text import Text
@@ -24,6 +24,11 @@ class Denoiser:
 
     Rows are ordered [negative, positive] sample by sample and fed E at a time; where the last
     call would be partly empty its row is repeated. Without guidance there is no negative row.
+    An engine of batch 2 thus computes both branches of a sample in one call.
+
+    Everything is allocated here: a velocity is computed in the same buffers each time. What does
+    not change from step to step (text, clean frames) is copied only when a slot of the engine's
+    batch gets another row: never again, where one call takes all rows.
 
     Args:
         engine: not owned, not closed.
@@ -66,10 +71,14 @@ class Denoiser:
         self._past = CachedRows(engine, cache) if cache is not None else None
         if (self._past is None) == any(is_cached(spec.name) for spec in engine.inputs):
             raise UsageError("a cache was given to an engine without one, or the reverse")
+        self._calls = calls(self._samples * self._branches, len(self._inputs["hidden_states"]))
+        self._loaded: list[int | None] = [None] * len(self._calls[0])
         self._outputs = {spec.name: buffer(spec, engine.device) for spec in engine.outputs}
+        made = self._outputs["velocity"]
         rows = self._samples * self._branches
-        shape = self._outputs["velocity"].shape[1:]
-        self._velocity = torch.empty(rows, *shape, device=engine.device)
+        # Where one call makes exactly the rows, it writes them where they are needed.
+        self._velocity = made if len(made) == rows else made.new_empty(rows, *made.shape[1:])
+        self._scratch = Scratch.like(self._velocity[: self._samples])
 
     def velocity(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The guided velocity x0 - noise, float32 [B, 16, T, H, W], on the engine's device.
@@ -78,60 +87,74 @@ class Denoiser:
             latents: float32 [B, 16, T, H, W].
             timestep: [B], or [B, T] where frames differ; on the 0..1000 scale.
 
-        The result may be overwritten by the next call.
+        The result is overwritten by the next call.
 
         Raises:
             UsageError: the latents do not fit the engine.
             Cancelled: the token was set.
         """
-        latents_BCTHW = latents.to(self._engine.device)
-        timestep_BT = timestep.to(self._engine.device, torch.float32)
-        if timestep_BT.dim() == 1:
-            timestep_BT = timestep_BT[:, None].expand(-1, latents_BCTHW.shape[2])
-        clean = 0
-        if self._clean is not None:
-            clean = self._clean.shape[2]
-            latents_BCTHW = torch.cat([self._clean, latents_BCTHW], dim=2)
-            timestep_BT = torch.nn.functional.pad(timestep_BT, (clean, 0))
-        self._check_latents(latents_BCTHW)
-        rows, engine_batch = len(self._velocity), len(self._inputs["hidden_states"])
-        for first in range(0, rows, engine_batch):
+        self._check_latents(latents)
+        present: tuple[int, ...] = ()
+        for rows in self._calls:
             self._cancel.check()
-            samples = self._fill(latents_BCTHW, timestep_BT, first)
+            self._load(rows)
+            samples = tuple(row // self._branches for row in rows)
+            if samples != present:  # the branches of one sample have the same latents
+                self._place(latents, timestep, samples)
+                present = samples
             past = self._past.rows(samples) if self._past else {}
             self._engine.run({**self._inputs, **past}, self._outputs)
-            part = self._velocity[first : first + engine_batch]
-            part.copy_(self._outputs["velocity"][: len(part)])
-        if self._branches == 1:
-            return self._velocity[:, :, clean:]
-        guided = cfg_zero(self._velocity[1::2], self._velocity[0::2], self._scale)
-        return guided[:, :, clean:]
+            if self._outputs["velocity"] is not self._velocity:
+                part = self._velocity[rows[0] : rows[0] + len(rows)]
+                part.copy_(self._outputs["velocity"][: len(part)])
+        made = self._velocity
+        if self._branches == 2:
+            cond, uncond = made[1::2], made[0::2]
+            made = cfg_zero(cond, uncond, self._scale, self._scratch, out=cond)
+        return made[:, :, self._clean_frames :]
 
-    def _fill(
-        self, latents_BCTHW: torch.Tensor, timestep_BT: torch.Tensor, first: int
-    ) -> tuple[int, ...]:
-        """Copy the rows `first`, `first` + 1, ... into the engine's input buffers.
+    @property
+    def _clean_frames(self) -> int:
+        return 0 if self._clean is None else self._clean.shape[2]
 
-        Returns the sample that each of them is of.
-        """
-        last = len(self._velocity) - 1
-        slots = range(len(self._inputs["hidden_states"]))
-        rows = [min(first + slot, last) for slot in slots]
+    def _load(self, rows: tuple[int, ...]) -> None:
+        """Put these rows' text and clean frames into the engine's inputs, unless they are there."""
         for slot, row in enumerate(rows):
-            sample = row // self._branches
-            self._inputs["hidden_states"][slot].copy_(latents_BCTHW[sample])
-            self._inputs["timestep"][slot].copy_(timestep_BT[sample])
+            if self._loaded[slot] == row:
+                continue
             self._inputs["encoder_hidden_states"][slot].copy_(self._text.embeds[row])
             self._inputs["encoder_attention_mask"][slot].copy_(self._text.mask[row])
-        return tuple(row // self._branches for row in rows)
+            if self._clean is not None:
+                clean = self._clean[row // self._branches]
+                self._inputs["hidden_states"][slot, :, : self._clean_frames].copy_(clean)
+                self._inputs["timestep"][slot, : self._clean_frames].zero_()
+            self._loaded[slot] = row
 
-    def _check_latents(self, latents_BCTHW: torch.Tensor) -> None:
+    def _place(
+        self, latents: torch.Tensor, timestep: torch.Tensor, samples: tuple[int, ...]
+    ) -> None:
+        """Put these samples' latents and timesteps into the engine's inputs."""
+        clean = self._clean_frames
+        for slot, of in enumerate(samples):
+            self._inputs["hidden_states"][slot, :, clean:].copy_(latents[of])
+            self._inputs["timestep"][slot, clean:].copy_(timestep[of])
+
+    def _check_latents(self, latents: torch.Tensor) -> None:
         # copy_ would broadcast a wrong shape in silence
-        wanted = [self._samples, *self._inputs["hidden_states"].shape[1:]]
-        if list(latents_BCTHW.shape) != wanted:
+        channels, frames, *size = self._inputs["hidden_states"].shape[1:]
+        wanted = [self._samples, channels, frames - self._clean_frames, *size]
+        if list(latents.shape) != wanted:
             raise UsageError(
-                "the latents do not fit the engine", got=list(latents_BCTHW.shape), wanted=wanted
+                "the latents do not fit the engine", got=list(latents.shape), wanted=wanted
             )
+
+
+def calls(rows: int, engine_batch: int) -> list[tuple[int, ...]]:
+    """Which rows each call of the engine computes; the last one is repeated to fill it."""
+    return [
+        tuple(min(row, rows - 1) for row in range(first, first + engine_batch))
+        for first in range(0, rows, engine_batch)
+    ]
 
 
 def denoise(

@@ -34,6 +34,11 @@ class Schedule:
     def steps(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def drops(self) -> torch.Tensor:
+        """[S] by how much each step lowers sigma, float32."""
+        return self.sigmas[:-1] - self.sigmas[1:]
+
 
 def schedule(steps: int, shift: float = 12.0, distill: bool = False) -> Schedule:
     """The standard schedule, or the distilled model's coarser grid.
@@ -90,14 +95,33 @@ def euler_step(
 ) -> torch.Tensor:
     """One Euler step from `sigma` to `sigma_next`: new float32 latents of the same shape.
 
-    `stored` is what they are rounded to, if that is coarser.
+    `stored` is what they are rounded to, if that is coarser. The sigmas are 0-dimensional float32
+    tensors, so that their difference is rounded as float32.
+    """
+    start = latents.to(torch.float32, copy=True)
+    rounded = torch.empty_like(start, dtype=stored)
+    return euler_step_(start, velocity.float(), sigma - sigma_next, rounded=rounded)
+
+
+def euler_step_(
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    drop: torch.Tensor,
+    product: torch.Tensor | None = None,
+    rounded: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same in place, over float32: `drop` is sigma - sigma_next, 0-dimensional, on the CPU.
 
     With x = (1 - sigma) * x0 + sigma * noise the slope dx/dsigma is noise - x0. The network
-    predicts x0 - noise, hence the minus sign: the only place in this project that has it.
-    The sigmas are 0-dimensional float32 tensors, so that their difference is rounded as float32.
+    predicts x0 - noise: hence sigma - sigma_next and not the reverse, the only negation in this
+    project. `product` and `rounded` are buffers of the latents' shape, for no allocation; `rounded`
+    is of the dtype that they are rounded to.
     """
-    stepped = latents.float() + (sigma_next - sigma) * (-velocity.float())
-    return stepped.to(stored).float()
+    # not add_(alpha=...): a fused multiply-add rounds once where the original rounds twice
+    latents.add_(torch.mul(velocity, drop, out=product))
+    if rounded is not None:
+        latents.copy_(rounded.copy_(latents))
+    return latents
 
 
 def distilled_grid(steps: int) -> torch.Tensor:

@@ -144,7 +144,7 @@ def test_numbers_that_are_not_finite_name_the_step(pipe, engine, value):
             outputs["velocity"][0, 0, 0, 0, 0] = value
 
     engine.run = break_in_the_third_call
-    with pytest.raises(VerificationError, match=r"step 3 of 5 .*got 1 of 4608 values"):
+    with pytest.raises(VerificationError, match=rf"step 3 of 5 .* to {value}"):
         pipe.generate("a cat", steps=5, guidance_scale=1.0)
 
 
