@@ -77,6 +77,12 @@ class LockedError(LcexportError):
     exit_code = 9
 
 
+class RegressionError(LcexportError):
+    """A measurement is worse than an earlier one by more than was allowed (exit 10)."""
+
+    exit_code = 10
+
+
 class Cancelled(LcexportError):
     """The caller's cancel token was set (exit 130)."""
 

@@ -1,11 +1,13 @@
 """A small but complete checkpoint in the released layout: every component, random weights.
 
 It exercises the whole product in seconds on a processor. Nothing is trained: its videos are
-textures, and show that the pieces fit, not what the model can paint.
+textures, and show that the pieces fit, not what the model can paint. Its big sibling is for
+measuring: a DiT whose matrices are large enough to keep a processor busy.
 """
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 
 from lcexport.checkpoint import expected_tensors
 from lcexport.configs.dit import DiTConfig
-from lcexport.configs.errors import ResourceError
+from lcexport.configs.errors import ResourceError, UsageError
 from lcexport.engines.files import resource_errors
 from lcexport.engines.folders import new_folder
 
@@ -27,40 +29,62 @@ CONFIG = DiTConfig(
     adaln_tembed_dim=64,
     text_tokens_zero_pad=True,
 )
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """A checkpoint's DiT, and what the whole of it takes on the disk."""
+
+    config: DiTConfig
+    megabytes: int
+
+
+SIBLINGS: dict[str, Sibling] = {
+    "demo": Sibling(CONFIG, 25),
+    "bench": Sibling(
+        CONFIG.model_copy(update={"hidden_size": 1024, "num_heads": 8, "adaln_tembed_dim": 256}),
+        330,
+    ),
+}
 SHARDS = 2
 PIECES = "▁ " + "".join(chr(code) for code in range(33, 127))
 
 
-def make_demo_checkpoint(folder: Path) -> None:
+def make_demo_checkpoint(folder: Path, size: str = "demo") -> None:
     """Write the checkpoint to `folder`, which must be free; the same bytes every time.
 
     Raises:
-        UsageError: the folder has no name of its own.
+        UsageError: the folder has no name of its own, or no such size.
         ResourceError: the folder is taken, or cannot be written.
     """
+    if size not in SIBLINGS:
+        wanted = " or ".join(SIBLINGS)
+        raise UsageError("no such size of checkpoint", got=repr(size), wanted=wanted)
+    sibling = SIBLINGS[size]
     with resource_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as temporary, torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         try:
-            write_dit(temporary / "dit")
+            write_dit(temporary / "dit", sibling.config)
             write_text_encoder(temporary / "text_encoder")
             write_tokenizer(temporary / "tokenizer")
             write_vae(temporary / "vae")
             write_scheduler(temporary / "scheduler")
         except SafetensorError as error:  # how the library that writes weights says "disk full"
             raise ResourceError(
-                f"cannot write {folder}", got=error, wanted="about 25 MB of free disk",
+                f"cannot write {folder}", got=error,
+                wanted=f"about {sibling.megabytes} MB of free disk",
                 do="Free some space or choose another disk.",
             ) from error  # fmt: skip
 
 
-def write_dit(folder: Path) -> None:
+def write_dit(folder: Path, dit: DiTConfig) -> None:
     """Original names, float32, in shards with an index, as released."""
     folder.mkdir()
     config = {
         "_class_name": "LongCatVideoTransformer3DModel",
-        **CONFIG.model_dump(mode="json"),
+        **dit.model_dump(mode="json"),
         "enable_bsa": False,
         "bsa_params": None,
         "cp_split_hw": None,
@@ -68,7 +92,7 @@ def write_dit(folder: Path) -> None:
     write_json(folder / "config.json", config)
     tensors = {
         name: random_weight(name, shape)
-        for name, shape in expected_tensors(CONFIG, "original").items()
+        for name, shape in expected_tensors(dit, "original").items()
     }
     names = list(tensors)
     share = math.ceil(len(names) / SHARDS)

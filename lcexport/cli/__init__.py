@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from lcexport.cli import (  # noqa: F401
+    bench,
     build,
     bundle,
     checkpoint,

@@ -74,11 +74,14 @@ def convert(
 @app.command("demo-checkpoint")
 def demo_checkpoint(
     folder: Annotated[Path, typer.Argument(help="The new folder.")],
+    size: Annotated[
+        str, typer.Option(help="`demo`, or `bench` for its big sibling, to measure with.")
+    ] = "demo",
 ) -> None:
     """Write a small, complete, untrained checkpoint in the released layout."""
     from lcexport.demo import make_demo_checkpoint
     from lcexport.show.console import show_text
 
-    make_demo_checkpoint(folder)
-    show_text(f"A demo checkpoint is in {folder}. Next:")
-    show_text(f"  lcexport build --model {folder} --res demo")
+    make_demo_checkpoint(folder, size)
+    show_text(f"A {size} checkpoint is in {folder}. Next:")
+    show_text(f"  lcexport build --model {folder} --res {size}")

@@ -10,7 +10,6 @@ speed        latency against eager torch and torch.compile; the share of the dev
 costs        cold and warm start, memory, the seams between segments
 cold         the process that a cold start is measured in
 bisect       the first block that leaves the tolerance
-environment  the machine and its software
 page         the report for people
 
 Nothing is imported here: `cold` measures a process that loads no more than it needs.

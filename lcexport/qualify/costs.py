@@ -11,8 +11,8 @@ import torch
 from lcexport.configs.errors import LcexportError
 from lcexport.engines.bundle import EngineRecord, TensorRecord
 from lcexport.qualify.claims import Check, Claim, Result, measured, untested
-from lcexport.qualify.speed import seconds_of
 from lcexport.qualify.subject import Subject
+from lcexport.timing import seconds_of
 
 START = Claim(
     "start",

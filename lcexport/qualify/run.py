@@ -16,9 +16,9 @@ from lcexport.engines import COMPILED, require_backend
 from lcexport.engines.bundle import Bundle, read_manifest
 from lcexport.engines.files import refuse_existing, resource_errors, write_bytes
 from lcexport.engines.host import release
+from lcexport.machine import environment
 from lcexport.qualify import bisect, costs, exactness, files, fusion, speed
 from lcexport.qualify.claims import Check, Result, results_of, untested
-from lcexport.qualify.environment import environment
 from lcexport.qualify.page import page
 from lcexport.qualify.subject import Subject
 
@@ -132,7 +132,7 @@ def require(bundle: Bundle, backend: str, resolution: str, device: str, *, build
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise IncompatibleError(
             "torch sees no CUDA device",
-            do="Qualify on a machine with a GPU; --device cpu runs what needs none.",
+            do="Use a machine with a GPU; --device cpu runs what needs none.",
         )
     if not buildable and not has_engine(bundle, backend, resolution):
         precision = bundle.manifest.precision
@@ -140,9 +140,9 @@ def require(bundle: Bundle, backend: str, resolution: str, device: str, *, build
         words = ["--res", resolution] if graph is None else build_words(graph.job)
         raise UsageError(
             f"the bundle {bundle.folder} has no {backend} engine for {resolution}",
-            do=f"Name a checkpoint with --model to have one built, or build it: lcexport build "
-            f"--model CHECKPOINT {' '.join(words)} --precision {precision} --backend {backend} "
-            f"--device {device} -o NEW",
+            do=f"Build it: lcexport build --model CHECKPOINT {' '.join(words)} --precision "
+            f"{precision} --backend {backend} --device {device} -o NEW. `qualify --model "
+            "CHECKPOINT` has it built on the way.",
         )
 
 
@@ -189,7 +189,7 @@ def built(
 
 def run_checks(subject: Subject, bisecting: bool, on_result: OnResult) -> Qualification:
     """Every check in its order; the JSON after each, the page at the end."""
-    described, machine = description(subject), environment(subject)
+    described, machine = description(subject), environment(subject.device, [subject.backend])
     results: list[Result] = []
     for found in all_results(subject, bisecting):
         for result in found:

@@ -6,8 +6,7 @@ once, one is loaded, timed and freed before the other, and the result says so.
 """
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from lcexport.flops import job_flops
 from lcexport.golden import branch_inputs, golden_inputs
 from lcexport.qualify.claims import Check, Claim, Result, first_line, judged, measured, untested
 from lcexport.qualify.subject import Subject
+from lcexport.timing import Run, matrix_products, seconds_of, summary
 
 EAGER = Claim(
     "faster-than-eager",
@@ -43,10 +43,6 @@ TIMED_SECONDS = 60.0  # what the rounds may take together, within the next two
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 30
 ROOM = 2.5  # times the weights: the engine's, torch's, and half again for what flows between
 PRODUCT_TRIES = 5
-PRODUCTS_PER_TRY = 10
-MOST_ROWS = 8192
-
-Run = Callable[[], None]
 
 
 @dataclass
@@ -149,33 +145,6 @@ def take_turns(runs: Mapping[str, Run], device: torch.device) -> dict[str, list[
     return seconds
 
 
-def seconds_of(run: Run, device: torch.device) -> float:
-    """How long a run takes on its device: by events on a GPU, by the clock on a processor."""
-    if device.type != "cuda":
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
-    stream = torch.cuda.current_stream(device)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record(stream)
-    run()
-    end.record(stream)
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000
-
-
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Least, median, 90th percentile and most of some seconds, and how many there were."""
-    ordered = sorted(seconds)
-    return {
-        "min_seconds": ordered[0],
-        "median_seconds": statistics.median(ordered),
-        "p90_seconds": ordered[int(0.9 * (len(ordered) - 1) + 0.5)],
-        "max_seconds": ordered[-1],
-        "runs": len(ordered),
-    }
-
-
 def arithmetic(subject: Subject, seconds: float) -> Result:
     """Operations per second of a pass, beside those of a matrix product alone."""
     record, config = subject.record, subject.config
@@ -193,22 +162,13 @@ def arithmetic(subject: Subject, seconds: float) -> Result:
 
 def matrix_peak(subject: Subject) -> float:
     """Operations per second of the fastest of the model's large products, best of several."""
-    config, device = subject.config, subject.device
-    rows = min(subject.record.job.tokens * subject.record.batch, MOST_ROWS)
-    size, wide = config.hidden_size, config.ffn_hidden
-    best = 0.0
-    for inner, columns in ((size, size), (size, wide), (wide, size)):
-        a = torch.randn(rows, inner, device=device).to(subject.bulk)
-        b = torch.randn(inner, columns, device=device).to(subject.bulk)
-        out = torch.empty(rows, columns, device=device, dtype=subject.bulk)
-
-        def products(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
-            for _ in range(PRODUCTS_PER_TRY):
-                torch.mm(a, b, out=out)
-
-        seconds = min(seconds_of(products, device) for _ in range(PRODUCT_TRIES))
-        best = max(best, PRODUCTS_PER_TRY * 2 * rows * inner * columns / seconds)
-    return best
+    rows = subject.record.job.tokens * subject.record.batch
+    all_products = matrix_products(subject.config, rows, subject.bulk, subject.device)
+    return max(
+        products.per_second(subject.device)
+        for products in all_products
+        for _ in range(PRODUCT_TRIES)
+    )
 
 
 CHECKS = (Check((EAGER, COMPILED, ARITHMETIC), latency),)

@@ -6,4 +6,5 @@ bundle      a bundle, its checks, its video
 checkpoint  a checkpoint and its conversion
 machine     what a machine can do
 qualification  what was proven of an engine
+bench       what was measured
 """

@@ -28,8 +28,17 @@ out = Console(
 
 def show_json(document: Mapping[str, object]) -> None:
     """One JSON document on standard output. JSON has no NaN or infinity: they become null."""
+    sys.stdout.write(json_text(document, indent=2) + "\n")
+
+
+def show_line(document: Mapping[str, object]) -> None:
+    """The same in one line, which is easier to find in a log."""
+    sys.stdout.write(json_text(document, indent=None) + "\n")
+
+
+def json_text(document: Mapping[str, object], indent: int | None) -> str:
     versioned = without_nan({"schema_version": SCHEMA_VERSION, **document})
-    sys.stdout.write(json.dumps(versioned, indent=2, default=str, allow_nan=False) + "\n")
+    return json.dumps(versioned, indent=indent, default=str, allow_nan=False)
 
 
 def without_nan(value: object) -> object:

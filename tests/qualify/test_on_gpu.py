@@ -11,9 +11,9 @@ import torch
 
 from lcexport.engines import open_engine
 from lcexport.engines.host import release
+from lcexport.machine import environment
 from lcexport.qualify import cold, costs, speed
 from lcexport.qualify.costs import seams
-from lcexport.qualify.environment import environment
 
 CUDA = torch.device("cuda", 1)
 GIB = 1 << 30
@@ -78,7 +78,7 @@ def test_seams_cost_time_at_the_bandwidth_of_a_copy(monkeypatch, subject_of, dou
 def test_the_environment_names_the_gpu(monkeypatch, subject_of, double_bundle, the_double):
     properties = SimpleNamespace(name="H200", major=9, minor=0, total_memory=141 * GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    found = environment(subject_of(double_bundle, "tensorrt", "cuda:1"))
+    found = environment(torch.device("cuda:1"), ["tensorrt"])
     assert (found["gpu"], found["compute_capability"]) == ("H200", "9.0")
     assert found["tensorrt"] == the_double.__version__
 

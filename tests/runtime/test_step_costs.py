@@ -1,6 +1,6 @@
 """What a step does beside the engine's run: no allocation, no waiting for the device."""
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def text(samples: int) -> Text:
     return Text(torch.randn(samples, 1, 12, 64), torch.ones(samples, 12, dtype=torch.bool))
 
 
-def watched(steps: int, engine, samples: int, wrap: Callable = lambda v: v, **options) -> Watch:
+def watched(steps: int, engine: Any, samples: int, wrap=lambda v: v, **options: Any) -> Watch:
     """A guided sampling of so many steps under the watch; its denoiser is made before."""
     denoiser = Denoiser(engine, text(samples), text(samples), 4.0, **options)
     noise = torch.randn(samples, *LATENTS)
@@ -83,8 +83,7 @@ def watched(steps: int, engine, samples: int, wrap: Callable = lambda v: v, **op
     return watch
 
 
-@pytest.mark.parametrize("engine_batch", [1, 2, 3])
-@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize(("engine_batch", "samples"), [(1, 1), (2, 1), (3, 2)])
 def test_two_hundred_steps_allocate_what_two_do(engine_batch, samples):
     engine = Halves(engine_batch)
     few, many = (watched(steps, engine, samples).allocated for steps in (2, STEPS))
@@ -146,7 +145,8 @@ def test_the_noise_stays_the_callers_and_events_stay_what_they_were():
 
 @pytest.mark.parametrize(("engine_batch", "copies"), [(1, 2 * STEPS), (2, 2)])
 def test_text_is_copied_again_only_where_a_slot_gets_another_row(engine_batch, copies):
-    denoiser = Denoiser(Halves(engine_batch), text(1), text(1), 4.0)
+    engine: Any = Halves(engine_batch)
+    denoiser = Denoiser(engine, text(1), text(1), 4.0)
     copied: list[int] = []
     there = denoiser._inputs["encoder_hidden_states"].untyped_storage().data_ptr()
 
