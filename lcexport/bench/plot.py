@@ -50,7 +50,7 @@ def save_plot(document: Mapping[str, Any], path: Path) -> None:
     steps.set(title="guided step", xlabel="step, in the order taken", ylabel="seconds")
     steps.set_ylim(bottom=0)
     steps.legend()
-    names = [*STAGES, *SINGLE]
+    names = [n for n in (*STAGES, *SINGLE) if any(stage(one, n) for one in contestants)]
     width = 0.8 / len(contestants)
     for index, one in enumerate(contestants):
         places = [place + index * width for place in range(len(names))]
