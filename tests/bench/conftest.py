@@ -11,6 +11,7 @@ import pytest
 from lcexport import cli
 from lcexport.bench import run as bench_run
 from lcexport.builder import BuildOptions, build
+from lcexport.configs import preset_from
 
 SECONDS = {"min_seconds": 1.0, "median_seconds": 2.0, "p90_seconds": 3.0, "max_seconds": 4.0}
 STEPS = {
@@ -42,6 +43,21 @@ def pair(demo_options: BuildOptions, tmp_path_factory: pytest.TempPathFactory) -
     output = tmp_path_factory.mktemp("pair") / "pair"
     build(demo_options.model_copy(update={"output": output, "batch": 2, "only": "export"}))
     return output
+
+
+@pytest.fixture(scope="session")
+def task_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the demo checkpoint for every kind of start; exported only. Read only."""
+    options = BuildOptions(
+        model=demo_checkpoint,
+        output=tmp_path_factory.mktemp("tasks") / "bundle",
+        presets=(preset_from("64x96x9"),),
+        tasks=("t2v", "i2v", "vc", "vc-uncached", "refine", "spatial-i2v"),
+        cond_frames=5,
+        refine_size=(64, 96),
+        only="export",
+    )
+    return build(options).folder
 
 
 @pytest.fixture

@@ -8,26 +8,8 @@ from lcexport.engines.bundle import read_manifest
 from lcexport.runtime import Pipeline
 
 
-@pytest.fixture(scope="module")
-def bundle(demo_checkpoint, tmp_path_factory):
-    """A bundle of the demo checkpoint for every kind of start; exported only. Read only."""
-    from lcexport.builder import BuildOptions, build
-    from lcexport.configs import preset_from
-
-    options = BuildOptions(
-        model=demo_checkpoint,
-        output=tmp_path_factory.mktemp("tasks") / "bundle",
-        presets=(preset_from("64x96x9"),),
-        tasks=("t2v", "i2v", "vc", "vc-uncached", "refine", "spatial-i2v"),
-        cond_frames=5,
-        refine_size=(64, 96),
-        only="export",
-    )
-    return build(options).folder
-
-
 @pytest.mark.parametrize("task", ["t2v", "i2v", "vc", "vc-uncached", "refine", "spatial-i2v"])
-def test_every_task_can_be_served(bundle, task: Task, monkeypatch):
+def test_every_task_can_be_served(task_bundle, task: Task, monkeypatch):
     steps: list[int] = []
     for name in ("generate", "refine"):
         real = getattr(Pipeline, name)
@@ -37,8 +19,8 @@ def test_every_task_can_be_served(bundle, task: Task, monkeypatch):
             return real(self, *given, **options)
 
         monkeypatch.setattr(Pipeline, name, counting)
-    resolution = next(iter(read_manifest(bundle).graphs.values())).preset.name
-    got = serve(str(bundle), resolution, task, "eager", "cpu", 2, 1, 1, started=0.0)
+    resolution = next(iter(read_manifest(task_bundle).graphs.values())).preset.name
+    got = serve(str(task_bundle), resolution, task, "eager", "cpu", 2, 1, 1, started=0.0)
     assert steps == [2, 2]
     assert ("cache" in got) == (task == "vc")
     for name in ("text", "decode", "requests"):

@@ -58,6 +58,15 @@ def test_every_step_of_every_contestant_is_kept(demo_bundle, pair):
         assert kept["share_of_matrix_products"] == pytest.approx(rate / peak)
 
 
+@pytest.mark.parametrize(
+    ("task", "runs"), [("i2v", 2), ("vc", 2), ("vc-uncached", 2), ("refine", 1)]
+)
+def test_steps_of_every_kind_of_start(task_bundle, task, runs):
+    subject = subject_from([task_bundle], "cpu", ["eager"], task=task)
+    found, _ = measure_steps(subject, 1, 1)
+    assert found["eager"]["engine_runs_per_step"] == subject.branches == runs
+
+
 def test_torch_compile_shares_the_weights_of_eager(demo_bundle):
     subject = subject_from([demo_bundle], "cpu", ["eager", "compile"])
     eager, compiled = subject.contestants

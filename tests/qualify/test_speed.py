@@ -11,7 +11,6 @@ from lcexport.qualify.speed import (
     Timed,
     arithmetic,
     latency,
-    summary,
     take_turns,
     time_all,
     torch_runs,
@@ -32,13 +31,6 @@ def test_rounds_follow_the_time_there_is(monkeypatch):
     for budget, rounds in ((0.0, 2), (20.0, 20), (1000.0, speed.MOST_ROUNDS)):
         monkeypatch.setattr(speed, "TIMED_SECONDS", budget)
         assert len(take_turns({"engine": lambda: None}, torch.device("cpu"))["engine"]) == rounds
-
-
-def test_a_summary_of_seconds():
-    assert summary([3.0, 1.0, 2.0, 10.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 0.0]) == {
-        "min_seconds": 0.0, "median_seconds": 5.0, "p90_seconds": 9.0, "max_seconds": 10.0,
-        "runs": 11,
-    }  # fmt: skip
 
 
 def test_all_three_are_timed_in_turn(subject_of, pair_bundle):
