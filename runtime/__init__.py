@@ -38,7 +38,7 @@ from lcexport.runtime.opening import load
 from lcexport.runtime.pipeline import Pipeline
 from lcexport.runtime.sampler import StepEvent
 from lcexport.runtime.segments import LongVideo
-from lcexport.runtime.video import Video
+from lcexport.runtime.video import Video, save_frames
 
 __all__ = [
     "CancelToken",
@@ -50,4 +50,5 @@ __all__ = [
     "generate_long",
     "load",
     "refine_long",
+    "save_frames",
 ]

@@ -5,7 +5,7 @@ Where only so many may stay open, the one that was used longest ago is closed be
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from lcexport.runtime.checks import (
     read_shift,
 )
 from lcexport.runtime.residency import Offload, Resident, check_offload, free_cache
-from lcexport.runtime.text import Text, TextEncoder
+from lcexport.runtime.text import Text, TextCache, TextEncoder
 from lcexport.runtime.vae import VideoVAE
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ class Components:
         self._engines: dict[str, Engine] = {}  # the one used last is the last one
         self._adopted: set[str] = set()
         self._warned: set[str] = set()
+        self._texts = TextCache()
         self.closed = False
         self._resources = ExitStack()
         with ExitStack() as stack:
@@ -163,8 +164,9 @@ class Components:
     def encode_text(self, prompts: list[str] | Text, cancel: CancelToken) -> Text:
         """One row per prompt. What is encoded already stays as it is."""
         cancel.check()
-        if isinstance(prompts, Text):
-            return prompts
+        return prompts if isinstance(prompts, Text) else self._texts.rows(prompts, self._encode)
+
+    def _encode(self, prompts: list[str]) -> Text:
         with self._text.on_device() as encoder:
             return encoder.encode(prompts)
 
@@ -180,13 +182,15 @@ class Components:
 
     def decode(self, latents_B16THW: torch.Tensor, cancel: CancelToken) -> list[torch.Tensor]:
         """One [F, H, W, 3] per sample, decoded one by one."""
+        return [torch.cat(list(self.frames(latents, cancel))) for latents in latents_B16THW]
+
+    def frames(self, latents_16THW: torch.Tensor, cancel: CancelToken) -> Iterator[torch.Tensor]:
+        """One sample's frames as they are decoded; the token is looked at before each group."""
         cancel.check()
-        frames = []
         with self._vae.on_device() as vae:
-            for latents in latents_B16THW:
+            for frames_FHW3 in vae.frames(latents_16THW):
+                yield frames_FHW3
                 cancel.check()
-                frames.append(vae.decode(latents[None])[0])
-        return frames
 
     def _check_weights(self) -> None:
         """Baking LoRAs exchanges the weights; engines with old and new ones must not be mixed."""

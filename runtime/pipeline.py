@@ -3,10 +3,12 @@
 Not thread-safe: one pipeline, one thread; only a CancelToken may be used from another.
 """
 
+from collections.abc import Iterator
 from typing import Literal, Self, Unpack, overload
 
 import torch
 
+from lcexport.configs import LATENT_CHANNELS
 from lcexport.configs.errors import UsageError
 from lcexport.configs.tasks import Task
 from lcexport.engines import Engine
@@ -98,6 +100,31 @@ class Pipeline:
         """Prompts for any number of generations: what the text encoder makes of them."""
         self._check_open()
         return self.components.encode_text(prompts, CancelToken())
+
+    def frames(
+        self, latents: torch.Tensor, cancel: CancelToken | None = None
+    ) -> Iterator[torch.Tensor]:
+        """The frames of `generate(output="latents")`, as they are decoded, for `save_frames`.
+
+        Groups of one and then four, float32 [1 or 4, H, W, 3] in 0..1, on the CPU.
+
+        Args:
+            latents: of one sample: [16, T, H/8, W/8], or with a batch of 1 in front.
+
+        Raises:
+            UsageError: several samples, or no latents.
+            VerificationError: the decoder left NaN in the frames.
+            Cancelled: the token was set.
+        """
+        self._check_open()
+        latents_16THW = latents[0] if latents.dim() == 5 and len(latents) == 1 else latents
+        if latents_16THW.dim() != 4 or len(latents_16THW) != LATENT_CHANNELS:
+            raise UsageError(
+                "these are not the latents of one video",
+                got=list(latents.shape),
+                wanted="[16, T, H/8, W/8]",
+            )
+        return self.components.frames(latents_16THW, cancel or CancelToken())
 
     @overload
     def refine(

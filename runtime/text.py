@@ -6,7 +6,7 @@ B prompts, L tokens (padding included), C the encoder's width.
 import html
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_PROMPT_CHARACTERS = 100_000
+KEPT_TEXTS = 16  # 8 MB each for the released encoder
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,40 @@ class Text:
 
     def to(self, device: torch.device) -> "Text":
         return Text(self.embeds.to(device), self.mask.to(device))
+
+
+class TextCache:
+    """What was encoded of late, by the prompt's own text; the one used longest ago goes first.
+
+    A service's negative prompt is the same again and again, and with `offload="release"` the
+    encoder need not even be loaded for it.
+    """
+
+    def __init__(self, size: int = KEPT_TEXTS) -> None:
+        self._size = size
+        self._rows: dict[str, Text] = {}  # the one used last is the last one
+
+    def rows(self, prompts: list[str], encode: Callable[[list[str]], Text]) -> Text:
+        """One row per prompt; `encode` is called once at most, with those that are not here.
+
+        Raises:
+            UsageError: a prompt is no text.
+        """
+        for prompt in prompts:
+            check_prompt(prompt)
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        found = {prompt: self._rows[prompt] for prompt in prompts if prompt in self._rows}
+        if missing:
+            made = encode(missing)
+            split = zip(made.embeds.split(1), made.mask.split(1), strict=True)
+            found |= zip(missing, (Text(*row) for row in split), strict=True)
+        for prompt in prompts:
+            self._rows.pop(prompt, None)
+            self._rows[prompt] = found[prompt]
+        for prompt in list(self._rows)[: -self._size]:
+            del self._rows[prompt]
+        rows = [found[prompt] for prompt in prompts]
+        return Text(torch.cat([r.embeds for r in rows]), torch.cat([r.mask for r in rows]))
 
 
 class TextEncoder:
@@ -137,6 +172,13 @@ def clean_prompt(text: str) -> str:
     """
     import ftfy
 
+    check_prompt(text)
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def check_prompt(text: object) -> None:
+    """UsageError: not a string, or over 100,000 characters."""
     if not isinstance(text, str):
         raise UsageError("a prompt is not text", got=type(text).__name__, wanted="str")
     if len(text) > MAX_PROMPT_CHARACTERS:
@@ -146,8 +188,6 @@ def clean_prompt(text: str) -> str:
             wanted=f"at most {MAX_PROMPT_CHARACTERS}",
             do="The model reads 512 tokens, about 2,000 characters.",
         )
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return re.sub(r"\s+", " ", text).strip()
 
 
 @contextmanager

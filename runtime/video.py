@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from lcexport.configs.errors import UsageError
-from lcexport.engines.files import new_file
+from lcexport.engines.files import new_file, refuse_existing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,7 +38,7 @@ class Video:
 
     def to_uint8(self) -> npt.NDArray[np.uint8]:
         """Frames uint8 [F, H, W, 3], rounded to nearest."""
-        return (self.frames.clip(0, 1) * 255).round().byte().cpu().numpy()
+        return to_uint8(self.frames)
 
     def save(self, path: str | Path) -> Path:
         """Write an MP4 (H.264, yuv420p, BT.709); it appears whole or not at all.
@@ -47,11 +47,7 @@ class Video:
             UsageError: the suffix is not .mp4, the folder is missing, or the size is odd.
             ResourceError: the file exists, the disk is full, or no permission.
         """
-        path = Path(path)
-        check_target(path, tuple(self.frames.shape))
-        with new_file(path) as file:
-            write_mp4(file, self.to_uint8(), Fraction(self.fps).limit_denominator(1001))
-        return path
+        return save_frames([self.frames], path, self.fps)
 
     def save_contact_sheet(self, path: str | Path, columns: int = 4, count: int = 8) -> Path:
         """Write `contact_sheet` as a new PNG file, whole or not at all.
@@ -75,6 +71,34 @@ class Video:
             )
         row = evenly_spaced(self.to_uint8(), self.fps, count)
         return draw_sheet([row.part(i, i + columns) for i in range(0, len(row.labels), columns)])
+
+
+def to_uint8(frames_FHW3: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """Frames in 0..1 as uint8, rounded to nearest."""
+    return (frames_FHW3.clip(0, 1) * 255).round().byte().cpu().numpy()
+
+
+def save_frames(groups: Iterable[torch.Tensor], path: str | Path, fps: float) -> Path:
+    """Write an MP4 of frames as they come, [any number, H, W, 3] in 0..1; whole or not at all.
+
+    A group is encoded, in the codec's own threads, while the next one is made.
+
+    Raises:
+        UsageError: the suffix is not .mp4, the folder is missing, the size is odd, or no frame.
+        ResourceError: the file exists, the disk is full, or no permission.
+    """
+    path = Path(path)
+    check_place(path)
+    refuse_existing(path)
+    groups = iter(groups)
+    first = next(groups, None)
+    if first is None or not len(first):
+        raise UsageError("a video needs a frame")
+    check_size(tuple(first.shape))
+    frames = (frame for group in chain((first,), groups) for frame in to_uint8(group))
+    with new_file(path) as file:
+        write_mp4(file, frames, Fraction(fps).limit_denominator(1001))
+    return path
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,9 +172,18 @@ def save_sheet(sheet: "Image", path: str | Path) -> Path:
 
 def check_target(path: Path, shape: tuple[int, ...]) -> None:
     """Refuse what cannot be written before any file is opened."""
+    check_place(path)
+    check_size(shape)
+
+
+def check_place(path: Path) -> None:
     check_suffix(path, ".mp4")
     if not path.parent.is_dir():
         raise UsageError("no such folder", got=path.parent, do="Create it first.")
+
+
+def check_size(shape: tuple[int, ...]) -> None:
+    """Refuse frames [F, H, W, 3] that the codec does not take."""
     if shape[1] % 2 or shape[2] % 2:
         raise UsageError(
             "H.264 with halved colour needs even sizes", got=f"{shape[1]} x {shape[2]} pixels"

@@ -53,6 +53,30 @@ def test_a_seed_gives_the_same_video_and_another_seed_another(pipe):
     assert not torch.equal(first.frames, other.frames)
 
 
+def test_frames_come_one_by_one_and_are_those_of_the_video(pipe):
+    video = pipe.generate("a cat", seed=3, steps=1)
+    latents = pipe.generate("a cat", seed=3, steps=1, output="latents")
+    groups = list(pipe.frames(latents))
+    assert [len(frames) for frames in groups] == [1, 4, 4]
+    assert torch.equal(torch.cat(groups), video.frames)
+    assert torch.equal(torch.cat(list(pipe.frames(latents[0]))), video.frames)
+
+
+def test_decoding_can_be_cancelled_between_frames(pipe):
+    token, seen = CancelToken(), []
+    with pytest.raises(Cancelled):
+        for frames in pipe.frames(torch.randn(16, 3, 8, 12), token):
+            seen.append(frames)
+            token.cancel()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 3, 8, 12), (3, 8, 12), (8, 3, 8, 12)])
+def test_frames_are_of_one_video(pipe, shape):
+    with pytest.raises(UsageError, match="not the latents of one video"):
+        pipe.frames(torch.zeros(shape))
+
+
 def test_two_prompts_equal_two_runs_with_the_same_noise(bundle, fake_engine):
     prompts, noise = ["a cat", "a dog plays the drums"], torch.randn(2, 16, 3, 8, 12)
     alone = []

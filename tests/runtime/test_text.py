@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcexport.configs.errors import InputError, UsageError, VerificationError
-from lcexport.runtime.text import TextEncoder, clean_prompt
+from lcexport.runtime.text import Text, TextCache, TextEncoder, clean_prompt
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,47 @@ def test_golden_embeddings(golden, encoder):
     masks = [case["prompt_attention_mask"], case["negative_attention_mask"][:1]]
     masks = torch.cat([*masks, case["negative_default_mask"]])
     assert torch.equal(result.mask, masks.bool())
+
+
+def counted(prompts_seen: list[list[str]]):
+    """An encoder whose embedding is the prompt's length, and which notes what it was asked."""
+
+    def encode(prompts: list[str]) -> Text:
+        prompts_seen.append(prompts)
+        lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
+        return Text(lengths.view(-1, 1, 1, 1), torch.ones(len(prompts), 1, dtype=torch.bool))
+
+    return encode
+
+
+def test_a_prompt_is_encoded_once(encoder):
+    cache, seen = TextCache(), []
+    first = cache.rows(["a cat", "", "a cat"], counted(seen))
+    again = cache.rows(["", "a bird"], counted(seen))
+    assert seen == [["a cat", ""], ["a bird"]]
+    assert first.embeds.flatten().tolist() == [5, 0, 5]
+    assert again.embeds.flatten().tolist() == [0, 6]
+    kept = cache.rows(["a cat"], encoder.encode)
+    assert kept.embeds.flatten().tolist() == [5], "what is kept is not encoded again"
+
+
+def test_the_prompt_used_longest_ago_is_forgotten():
+    cache, seen = TextCache(size=2), []
+    for prompts in (["a"], ["b"], ["a"], ["c"], ["a"], ["b"]):
+        cache.rows(prompts, counted(seen))
+    assert seen == [["a"], ["b"], ["c"], ["b"]]
+
+
+def test_more_prompts_than_are_kept_are_all_encoded():
+    seen = []
+    text = TextCache(size=2).rows(["a", "bb", "ccc"], counted(seen))
+    assert text.embeds.flatten().tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("prompt", [None, 3, ["a cat"]])
+def test_what_is_no_text_is_refused_before_it_is_looked_for(prompt):
+    with pytest.raises(UsageError, match="a prompt is not text"):
+        TextCache().rows([prompt], counted([]))
 
 
 def test_encode_pads_and_keeps_the_padding_rows(encoder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lcexport.configs.errors import ResourceError, UsageError
-from lcexport.runtime import Video
+from lcexport.runtime import Video, save_frames
 from lcexport.runtime.video import draw_sheet, evenly_spaced
 
 
@@ -42,6 +42,38 @@ def test_a_saved_video_comes_back(tmp_path):
     error = np.abs(np.stack(frames).astype(int) - video.to_uint8())
     assert error.max() <= 6
     assert [p.name for p in tmp_path.iterdir()] == ["cat.mp4"]
+
+
+def test_frames_are_written_as_they_come(tmp_path):
+    video = make_video()
+    written = []
+
+    def groups():
+        for frames in (video.frames[:1], video.frames[1:5], video.frames[5:]):
+            written.append(len(list(tmp_path.iterdir())))
+            yield frames
+
+    streamed = save_frames(groups(), tmp_path / "streamed.mp4", video.fps)
+    assert written == [0, 1, 1], "later frames are made when the file is begun"
+    whole = video.save(tmp_path / "whole.mp4")
+    assert streamed.read_bytes() == whole.read_bytes()
+
+
+def test_frames_that_fail_leave_no_file(tmp_path):
+    def groups():
+        yield make_video().frames
+        raise RuntimeError("the decoder broke")
+
+    with pytest.raises(RuntimeError, match="the decoder broke"):
+        save_frames(groups(), tmp_path / "a.mp4", 8)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("groups", [[], [torch.zeros(0, 32, 48, 3)]])
+def test_a_video_needs_a_frame(tmp_path, groups):
+    with pytest.raises(UsageError, match="needs a frame"):
+        save_frames(groups, tmp_path / "a.mp4", 8)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_frame_and_a_fractional_rate(tmp_path):
