@@ -119,7 +119,9 @@ def compile_plan(
     config.progress_monitor = monitor_for(product, progress)
     with new_file(output) as file:
         sink = PlanSink(file)
-        built = serialize(product, builder, parsed.network, config, sink)
+        # In pieces: a plan is as large as its weights.
+        writer = writer_for(product, sink)
+        built = builder.build_serialized_network_to_stream(parsed.network, config, writer)
         for stopped in (progress.stopped, sink.stopped):
             if stopped is not None:
                 raise stopped
@@ -146,24 +148,6 @@ def mark_refittable(network: TensorRT.INetworkDefinition, names: Iterable[str], 
     for name in names:
         if not network.mark_weights_refittable(name):
             raise BuildError(f"{path.name} has no weight that refitting could set", got=name)
-
-
-def serialize(
-    product: Product,
-    builder: TensorRT.Builder,
-    network: TensorRT.INetworkDefinition,
-    config: TensorRT.IBuilderConfig,
-    sink: PlanSink,
-) -> bool:
-    """Compile into `sink`, in pieces: a plan is as large as its weights.
-
-    In one piece where the module cannot do that; every accepted version can.
-    """
-    if hasattr(builder, "build_serialized_network_to_stream"):
-        writer = writer_for(product, sink)
-        return builder.build_serialized_network_to_stream(network, config, writer)
-    plan = builder.build_serialized_network(network, config)
-    return plan is not None and sink.write(memoryview(plan)) == plan.nbytes
 
 
 @dataclass

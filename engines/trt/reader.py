@@ -223,16 +223,6 @@ class VerifiedPlan:
             self._held = (index, chunk)
         return self._held[1]
 
-    def whole(self) -> bytearray:
-        """The file in memory, for modules without stream readers; no accepted version is one."""
-        data = bytearray(self.plan.bytes)
-        offset = 0
-        while offset < len(data):
-            part = self.read(offset, self._chunk_bytes)
-            data[offset : offset + len(part)] = part
-            offset += len(part)
-        return data
-
     def close(self) -> None:
         """Close the file and drop the chunk in memory."""
         self._held = (-1, b"")
@@ -254,8 +244,6 @@ def deserialize(
         IntegrityError: the file changed while it was read.
         IncompatibleError: TensorRT refused it, or there is no driver.
     """
-    if not hasattr(product.trt, "IStreamReaderV2"):
-        return refused_if_none(runtime.deserialize_cuda_engine(plan.whole()), plan, log)
     try:
         reader, failure = stream_reader(product, plan)
     except RuntimeError as error:  # the reader's base class opens the CUDA driver

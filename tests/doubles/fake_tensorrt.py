@@ -55,11 +55,10 @@ def reset() -> None:
     destroyed.clear()
 
 
-def module(version: str = __version__, without: tuple[str, ...] = ()) -> ModuleType:
-    """The double as a module of its own: another version, and names it lacks."""
+def module(version: str = __version__) -> ModuleType:
+    """The double as a module of its own, of another version."""
     made = ModuleType("fake_tensorrt_" + version.replace(".", "_"))
-    names = {key: value for key, value in globals().items() if not key.startswith("_")}
-    made.__dict__.update({key: value for key, value in names.items() if key not in without})
+    made.__dict__.update({k: v for k, v in globals().items() if not k.startswith("_")})
     made.__dict__["__version__"] = version
     return made
 

@@ -38,14 +38,7 @@ def uses_of(source: str, known: Surface, functions: Mapping[str, str] | None = N
     """Every use, in order; `known` says what TensorRT's calls return, `functions` what ours do."""
     reader = Reader(known, functions)
     reader.module(ast.parse(source))
-    return sorted(set(reader.uses) - reader.guarded_uses(), key=lambda use: (use.line, str(use)))
-
-
-def guards_of(source: str, known: Surface) -> set[str]:
-    """Names that are asked for with `hasattr` or `getattr` of something of TensorRT's."""
-    reader = Reader(known)
-    reader.module(ast.parse(source))
-    return reader.guards
+    return sorted(set(reader.uses), key=lambda use: (use.line, str(use)))
 
 
 def functions_of(source: str) -> dict[str, str]:
@@ -88,7 +81,6 @@ class Reader:
         self.known = known
         self.functions = dict(functions or {})
         self.uses: list[Use] = []
-        self.guards: set[str] = set()
         self.attributes: dict[str, str] = {}
 
     def module(self, tree: ast.Module) -> None:
@@ -97,10 +89,6 @@ class Reader:
                 self.attributes[ast.unparse(node.target).rpartition(".")[2]] = kind
         self.functions |= functions_of(ast.unparse(tree))
         self.block(tree.body, {})
-
-    def guarded_uses(self) -> set[Use]:
-        """Uses behind `hasattr(..., "name")`."""
-        return {use for use in self.uses if use.name in self.guards}
 
     def block(self, body: list[ast.stmt], names: dict[str, str]) -> None:
         for statement in body:
@@ -207,12 +195,6 @@ class Reader:
         function = self.kind(node.func, names)
         for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
             self.kind(argument, names)
-        if isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr"):
-            name = node.args[1]
-            if not self.kind(node.args[0], names):
-                return None
-            if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                self.guards.add(name.value)
         if function is None:
             return self.ours(node, names)
         if function.startswith("type:"):

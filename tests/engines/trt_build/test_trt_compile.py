@@ -1,7 +1,6 @@
 """Plans compiled for real: whole, counted, digested; and each refusal leaves nothing behind."""
 
 import hashlib
-import io
 import re
 import threading
 from collections.abc import Callable
@@ -21,16 +20,14 @@ from lcexport.configs.errors import (
 )
 from lcexport.engines.trt import compile as compiling
 from lcexport.engines.trt.compile import (
-    PlanSink,
     Progress,
     available_memory_bytes,
     compile_plan,
     require_memory,
-    serialize,
 )
 from lcexport.engines.trt.network import Expectations
-from lcexport.engines.trt.options import TrtOptions, configure
-from lcexport.engines.trt.product import MessageLog, Product, ProductName, builder_for, logger_for
+from lcexport.engines.trt.options import TrtOptions
+from lcexport.engines.trt.product import MessageLog, Product, ProductName
 
 
 def test_a_plan_is_the_file_the_report_describes(compile_dit, expected, tmp_path: Path):
@@ -55,21 +52,6 @@ def test_a_plan_is_the_file_the_report_describes(compile_dit, expected, tmp_path
 def test_targets_and_streaming_compile(compile_dit):
     report = compile_dit(compute_capabilities=("sm89", "sm120"), weight_streaming=True)
     assert report.bytes > report.summary.weights_bytes
-
-
-def test_without_a_stream_the_plan_is_as_large(rtx, graph_from, tmp_path: Path):
-    """An older product's builder has no stream; only the way to the file differs."""
-    logger = logger_for(rtx, MessageLog())
-    builder = builder_for(rtx, logger)
-    config = configure(rtx, builder, TrtOptions())
-    network = builder.create_network(0)
-    parser = rtx.trt.OnnxParser(network, logger)
-    assert parser.parse(graph_from("g (float[4] x) => (float[4] y) { y = Exp (x) }"))
-    old: Any = SimpleNamespace(build_serialized_network=builder.build_serialized_network)
-    sinks = [PlanSink(io.BytesIO()), PlanSink(io.BytesIO())]
-    assert serialize(rtx, builder, network, config, sinks[0])
-    assert serialize(rtx, old, network, config, sinks[1])
-    assert sinks[0].written == sinks[1].written > 0
 
 
 @pytest.mark.parametrize("wish", ["strip_plan", "refit"])

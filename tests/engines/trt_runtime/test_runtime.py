@@ -393,14 +393,6 @@ def test_a_dynamic_plan(product, workspace, make_graph, tmp_path, double):
         TrtEngine(product, [plan_file(path)], workspace)
 
 
-def test_a_version_without_stream_readers(product, workspace, make_plans, velocity, double):
-    old = replace(product, trt=double.module(without=("IStreamReaderV2",)))
-    with TrtEngine(old, make_plans(3), workspace) as engine:
-        found = velocity(engine)
-    with TrtEngine(product, make_plans(3), workspace) as engine:
-        assert torch.equal(found, velocity(engine))
-
-
 def test_host_code_is_allowed_only_where_asked(product, workspace, make_plans):
     for allowed in (False, True):
         with TrtEngine(product, make_plans(1), workspace, host_code=allowed) as engine:
