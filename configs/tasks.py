@@ -11,6 +11,7 @@
 A task is a graph, except `vc`, which is two: one makes the cache, the other uses it.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -44,6 +45,16 @@ CONTINUATIONS: tuple[Task, ...] = ("vc", "vc-uncached")
 Part = Literal["denoise", "cache"]
 After = Literal["", "i2v", "vc"]  # what a refinement goes on from
 COND_FRAMES = 13  # frames a continuation starts from, as the original's demos have it
+GRAPH_OPTIONS: dict[str, object] = {  # of a build, that change its graphs; with their defaults
+    "cond_frames": COND_FRAMES,
+    "refine_size": None,
+    "refine_cond_frames": None,
+    "dense": False,
+    "precision": "fp32",
+    "islands": "checkpoint",
+    "weights_dtype": "bulk",
+    "batch": 1,
+}
 
 
 class Job(BaseModel):
@@ -117,26 +128,52 @@ class Job(BaseModel):
     @property
     def refinement(self) -> RefineShape | None:
         """The frames of a refinement; None for other tasks."""
-        kind, _, _ = self.task.partition("-")
-        if kind not in ("refine", "spatial"):
+        if not refines(self.task):
             return None
-        return RefineShape(self.preset.frames, self.cond_frames, kind == "spatial")
+        return RefineShape(self.preset.frames, self.cond_frames, self.task.startswith("spatial"))
+
+    @property
+    def options(self) -> dict[str, object]:
+        """The options of a build that made this graph's shape, for `build_words`."""
+        if not refines(self.task):
+            return {"cond_frames": self.cond_frames}
+        size = (self.height, self.width)
+        return {"refine_size": size, "refine_cond_frames": self.cond_frames}
 
 
-def build_words(job: Job) -> list[str]:
-    """What `lcexport build` is told to make this graph."""
-    words = ["--res", job.preset.name]
-    if job.task == "t2v":
-        return words
-    words += ["--task", job.task]
-    refines = job.refinement is not None
-    if job.task in CONTINUATIONS:
-        words += ["--cond-frames", str(job.cond_frames)]
-    if job.task.endswith("-vc"):
-        words += ["--refine-cond-frames", str(job.cond_frames)]
-    if refines:
-        words += ["--refine-size", f"{job.height}x{job.width}"]
+def build_words(resolution: str, task: str, options: Mapping[str, object]) -> list[str]:
+    """What `lcexport build` is told to make a task's graphs; defaults are left out.
+
+    Args:
+        options: fields of a build's options, as a manifest records them; only those in
+            `GRAPH_OPTIONS` that this task depends on are looked at.
+    """
+    words = ["--res", resolution, *(["--task", task] if task != "t2v" else [])]
+    for name, default in GRAPH_OPTIONS.items():
+        value = options.get(name, default)
+        if value == default or not depends_on(task, name):
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if isinstance(value, list | tuple):  # a size
+            words.append("x".join(map(str, value)))
+        elif value is not True:
+            words.append(str(value))
     return words
+
+
+def depends_on(task: str, option: str) -> bool:
+    """Whether an option of a build says anything of this task's graphs."""
+    kind, _, after = task.partition("-")
+    if option == "cond_frames":
+        return "vc" in (kind, after)
+    if option == "refine_cond_frames":
+        return after == "vc"
+    return option != "refine_size" or refines(task)
+
+
+def refines(task: str) -> bool:
+    """Whether a task starts from a finished video."""
+    return task.partition("-")[0] in ("refine", "spatial")
 
 
 def job_name(resolution: str, task: str, part: str = "denoise") -> str:

@@ -16,6 +16,7 @@ Nothing here writes: bundles are written by `lcexport.builder`. Nothing here nee
 """
 
 import json
+import shlex
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lcexport.configs import Preset
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
-from lcexport.configs.tasks import Job, job_name, task_in
+from lcexport.configs.tasks import Job, build_words, job_name, task_in
 from lcexport.engines.files import sha256_of
 
 SCHEMA_VERSION = 1
@@ -38,6 +39,13 @@ Precision = Literal["fp32", "bf16"]
 Islands = Literal["checkpoint", "original"]
 WeightsDtype = Literal["bulk", "int8"]  # of the bulk's matrices: as it computes, or with scales
 COMPONENTS = ("text_encoder", "tokenizer", "vae", "scheduler")
+# Options of a build that change no graph, but what else it makes: fields and their defaults.
+STAGE_OPTIONS: dict[str, tuple[str, object]] = {
+    "--backend": ("backends", ["onnxruntime"]),
+    "--device": ("device", "cpu"),
+    "--only": ("only", "all"),
+    "--weights": ("weights", "inside"),
+}
 
 
 class Frozen(BaseModel):
@@ -198,6 +206,27 @@ class Manifest(Frozen):
         """Whether the weights are not the ones the bundle was built with."""
         return any(record.baked for record in self.loras)
 
+    def options_for(self, resolution: str, task: str) -> dict[str, object]:
+        """Options of a build for a task's graphs, whether the bundle has them or not.
+
+        They are those of that graph, else of one that differs in size or task alone.
+        """
+        graph = min(
+            self.graphs.values(),
+            key=lambda graph: (graph.job.task != task, graph.preset.name != resolution),
+        )
+        effective = graph.added.effective if graph.added else self.effective
+        # A size of its own is no other graph's: what was asked for made that.
+        own = graph.job.options if (graph.preset.name, graph.job.task) == (resolution, task) else {}
+        return {
+            **effective,
+            "precision": self.precision,
+            "islands": self.islands,
+            "weights_dtype": self.weights_dtype,
+            "batch": graph.batch,
+            **own,
+        }
+
     @property
     def default_backend(self) -> str:
         """The first engine the bundle was built with; UsageError where it has none."""
@@ -236,8 +265,18 @@ class Bundle:
             f"the bundle {self.folder} was not built for this",
             got=repr(name),
             wanted=f"one of {', '.join(graphs)}",
-            do=f"Add it: lcexport build --res {resolution} --task {task} --add -o {self.folder}",
+            do=f"Add it: {self.adding(resolution, task)}",
         )
+
+    def adding(self, resolution: str, task: str) -> str:
+        """The command that adds a task's graphs, made as those that the bundle has."""
+        options = self.manifest.options_for(resolution, task)
+        words = ["lcexport", "build", *build_words(resolution, task, options)]
+        for option, (name, default) in STAGE_OPTIONS.items():
+            value = options.get(name, default)
+            if value != default:
+                words += [option, ",".join(value) if isinstance(value, list) else str(value)]
+        return shlex.join([*words, "--add", "-o", str(self.folder)])
 
     def job_graph(self, resolution: str, task: str, part: str = "denoise") -> GraphRecord:
         """The graph that does a part of a task at a resolution; UsageError as `graph`."""

@@ -1,8 +1,10 @@
 """Fixtures: the golden cases, tiny checkpoints, graphs and a bundle made of them."""
 
 import json
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -12,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lcexport.builder
+from lcexport import cli
 from lcexport.builder import BuildOptions, build
 from lcexport.checkpoint import open_checkpoint, read_header, write_native
+from lcexport.cli.app import app
 from lcexport.configs import preset_from
 from lcexport.demo import make_demo_checkpoint
 from lcexport.dit import Geometry
@@ -148,6 +153,45 @@ def long_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     )
     build(options)
     return options.output
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """`run("build", "--res", "x")` -> (exit code, stdout, stderr) of `lcexport build --res x`."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lcexport", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        streams = capsys.readouterr()
+        code = exit_.value.code
+        return (code if isinstance(code, int) else 0), streams.out, streams.err
+
+    return call
+
+
+class Taken(Exception):
+    """The command line was taken, with these options."""
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], BuildOptions]:
+    """`taken(text)`: what `lcexport build` would build, as the command line reads `text`."""
+
+    def stop(options: BuildOptions, on_progress: object) -> None:
+        raise Taken(options)
+
+    def parse(text: str) -> BuildOptions:
+        program, *words = shlex.split(text)
+        assert program == "lcexport"
+        with pytest.raises(Taken) as caught:
+            app(words, standalone_mode=False)
+        return caught.value.args[0]
+
+    monkeypatch.setattr(lcexport.builder, "build", stop)
+    return parse
 
 
 @pytest.fixture

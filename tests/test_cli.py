@@ -11,25 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lcexport import cli
 from lcexport.engines import BACKENDS, COMPILED
 from lcexport.engines.trt.probe import ProductState
 from lcexport.runtime import Video
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run("build", "--res", "x")` -> (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lcexport", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        streams = capsys.readouterr()
-        code = exit_.value.code
-        return (code if isinstance(code, int) else 0), streams.out, streams.err
-
-    return call
 
 
 def test_the_main_job_from_checkpoint_to_video(run, demo_checkpoint, tmp_path):

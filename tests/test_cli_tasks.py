@@ -1,7 +1,6 @@
 """Pictures and videos on the command line: `generate --image`, `--video`, and `refine`."""
 
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from lcexport import cli
 from lcexport.builder import BuildOptions, build
 from lcexport.cli.given import Clip, graph_for, joined, read_source
 from lcexport.configs import preset_from
@@ -66,7 +64,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, bundle, files, tmp_path):
+def run(run, bundle, files, tmp_path):
     """`run("refine", "first.mp4", ...)` -> (exit code, stdout, stderr), writing `tmp_path`'s x.mp4.
 
     Names of given files become their paths.
@@ -74,14 +72,7 @@ def run(monkeypatch, capsys, bundle, files, tmp_path):
 
     def call(command: str, *words: object) -> tuple[int, str, str]:
         given = [files / str(word) if (files / str(word)).is_file() else word for word in words]
-        more = ["--out", tmp_path / "x.mp4", "--backend", "eager"]
-        command_line = ["lcexport", command, bundle, *given, *more]
-        monkeypatch.setattr(sys, "argv", [*map(str, command_line)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        streams = capsys.readouterr()
-        code = exit_.value.code
-        return (code if isinstance(code, int) else 0), streams.out, streams.err
+        return run(command, bundle, *given, "--out", tmp_path / "x.mp4", "--backend", "eager")
 
     return call
 
@@ -223,10 +214,15 @@ BAD = [
         f"got --cond-frames 9; wanted 5. Build another: lcexport build --res {RES} --task vc "
         "--cond-frames 9 -o",
     ),
-    ("generate", [], 2, f"--res {RES} --task t2v --add"),
+    ("generate", [], 2, f"lcexport build --res {RES} --only export --add"),
     ("generate", ["--cond-frames", "5"], 2, "--cond-frames is for continuations"),
     ("generate", ["--image", "cat.png", "--only-new"], 2, "--only-new is for continuations"),
-    ("generate", ["--video", "wide.mp4", "--no-cache"], 2, "--task vc-uncached --add"),
+    (
+        "generate",
+        ["--video", "wide.mp4", "--no-cache"],
+        2,
+        "--task vc-uncached --cond-frames 5 ",
+    ),
     ("generate", ["--no-cache"], 2, "--no-cache is for continuations"),
     ("generate", ["--offload-cache"], 2, "--offload-cache is for continuations"),
     (
@@ -237,13 +233,33 @@ BAD = [
     ),
     ("generate", ["--video", "wide.mp4", "--distill", "--enhance-hf"], 2, "two schedules"),
     ("generate", ["--image", "cat.png", "--enhance-hf"], 2, "for continuations; got i2v"),
-    ("generate", ["--image", "cat.png", "--res", "480p"], 2, "--res 480p --task i2v --add"),
+    (
+        "generate",
+        ["--image", "cat.png", "--res", "480p"],
+        2,
+        "--res 480p --task i2v --only ",
+    ),
     ("refine", ["wide.mp4"], 2, "not a video of the first stage; got 20 frames of 72 x 128"),
     ("refine", ["text.mp4"], 3, "no usable video"),
     ("refine", ["first.mp4", "--image", "text.png"], 3, "no usable picture"),
-    ("refine", ["first.mp4", "--image", "cat.png"], 2, f"--res {RES} --task refine-i2v --add"),
-    ("refine", ["first.mp4", "--spatial"], 2, f"--res {RES} --task spatial --add"),
-    ("refine", ["first.mp4", "--res", "480p"], 2, "--res 480p --task refine --add"),
+    (
+        "refine",
+        ["first.mp4", "--image", "cat.png"],
+        2,
+        "--task refine-i2v --refine-size 64x128 ",
+    ),
+    (
+        "refine",
+        ["first.mp4", "--spatial"],
+        2,
+        "--task spatial --refine-size 64x128 ",
+    ),
+    (
+        "refine",
+        ["first.mp4", "--res", "480p"],
+        2,
+        "480p --task refine --refine-size ",
+    ),
     ("refine", ["first.mp4", "--cond-video", "short.mp4"], 2, "wanted at least 10"),
     ("refine", ["first.mp4", "--threshold", "2"], 2, "threshold is out of range"),
     (
@@ -304,7 +320,7 @@ def test_without_a_name_the_originals_size_is_wanted(run, tmp_path, name, task, 
     height, width, _ = size.split("x")
     assert f"got {RES}; wanted {height} x {width}" in err
     more = f" --cond-frames {COND_FRAMES}" if task == "vc" else ""
-    assert f"lcexport build --res {size} --task {task}{more} --add -o " in err
+    assert f"lcexport build --res {size} --task {task}{more} --only export --add -o " in err
     assert "--res NAME" in err
     assert list(tmp_path.iterdir()) == []
 
@@ -336,5 +352,8 @@ def test_the_resolution_of_the_nearest_shape_is_used(bundle, tmp_path, size, wan
 
 def test_a_task_that_no_resolution_has_is_added_at_the_nearest_shape(bundle, files):
     source = read_source(None, files / "wide.mp4", cache=False)
-    with pytest.raises(UsageError, match="--res 480x832x13 --task vc-uncached --add -o"):
+    with pytest.raises(
+        UsageError,
+        match="--res 480x832x13 --task vc-uncached --cond-frames 5 --only export --add -o",
+    ):
         graph_for(open_bundle(bundle), None, source)

@@ -29,19 +29,12 @@ def rebuild_command(
     record, graph = manifest.engines[product][name], manifest.graphs[name]
     wrapped = wrapped_for is not None or record.ep_context is not None
     backends = ",".join(filter(None, [product, wrapped_for]))
-    words = ["lcexport", "build", "--model", "CHECKPOINT", *build_words(graph.job)]
-    words += ["--precision", manifest.precision, "--backend", backends, "--device", "cuda"]
-    effective = graph.added.effective if graph.added else manifest.effective
-    if effective.get("only") == "compile":
+    resolution, task = graph.preset.name, graph.job.task
+    built = manifest.options_for(resolution, task)
+    words = ["lcexport", "build", "--model", "CHECKPOINT", *build_words(resolution, task, built)]
+    words += ["--backend", backends, "--device", "cuda"]
+    if built.get("only") == "compile":
         words += ["--only", "compile"]
-    if manifest.weights_dtype != "bulk":
-        words += ["--weights-dtype", manifest.weights_dtype]
-    if graph.job.refinement and effective.get("dense"):
-        words += ["--dense"]
-    if manifest.islands != "checkpoint":
-        words += ["--islands", manifest.islands]
-    if graph.batch != 1:
-        words += ["--batch", str(graph.batch)]
     words += plans_words(record, product, wrapped)
     words += targets_words(record, compute_capability)
     words += ["--ep-context"] if wrapped else []

@@ -1,11 +1,11 @@
 """`generate`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from lcexport.cli.app import BundleArgument, DeviceOption, JsonOption, app, pairs, progress_bars
+from lcexport.cli.app import BundleArgument, DeviceOption, JsonOption, app, progress_bars
 from lcexport.cli.output import (
     BackendOption,
     ContactSheetOption,
@@ -14,12 +14,12 @@ from lcexport.cli.output import (
     KeepEnginesOption,
     OffloadOption,
     OutOption,
+    ResolutionOption,
     check_output,
+    open_pipeline,
+    step_bar,
     write_video,
 )
-
-if TYPE_CHECKING:
-    from lcexport.runtime import StepEvent
 
 ImageOption = Annotated[
     Path | None,
@@ -32,13 +32,6 @@ VideoOption = Annotated[
     typer.Option(
         help="Go on from the end of this video, thinned to about 15 frames per second. Its frames "
         "are written first and the new ones after them, all of this video's size."
-    ),
-]
-ResolutionOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Which of the bundle's resolutions: by default the model's nearest to the shape of "
-        "the picture or video, or the first. A picture or video is stretched to it."
     ),
 ]
 CondFramesOption = Annotated[
@@ -112,39 +105,34 @@ def generate(
         read_source,
     )
     from lcexport.engines.bundle import Bundle, read_manifest
-    from lcexport.runtime import load
 
-    manifest = read_manifest(bundle)
     check_output(out, contact_sheet)
     check_continuation(
         video, only_new=only_new, cond_frames=cond_frames is not None, no_cache=not cache,
         offload_cache=offload_cache,
     )  # fmt: skip
-    most = max(record.job.cond_frames for record in manifest.graphs.values())
+    opened = Bundle(bundle, read_manifest(bundle))
+    most = max(record.job.cond_frames for record in opened.manifest.graphs.values())
     source = read_source(image, video, cache, last=most or None if only_new else None)
-    graph = graph_for(Bundle(bundle, manifest), res, source)
-    check_cond_frames(graph.job, cond_frames)
+    graph = graph_for(opened, res, source)
+    check_cond_frames(opened, graph.job, cond_frames)
     source.check(graph.job)
     if not only_new:
         check_joined(source)
     with (
-        load(
+        open_pipeline(
             bundle,
             graph.preset.name,
-            backend or manifest.default_backend,
-            device,
-            tasks=[source.task],
-            engine_options=pairs(engine or ()),
+            [source.task],
+            backend=backend,
+            device=device,
+            offload=offload,
+            engine=engine,
             keep_engines=keep_engines,
             check_hashes=check_hashes,
-            offload=offload,  # pyright: ignore[reportArgumentType]  # checked by `load`
         ) as pipe,
         progress_bars() as bar,
     ):
-
-        def on_step(event: "StepEvent") -> None:
-            bar("denoising", event.step, event.steps)
-
         made = pipe.generate(
             prompt,
             negative_prompt,
@@ -157,7 +145,7 @@ def generate(
             guidance_scale=guidance_scale,
             distill=distill,
             enhance_hf=enhance_hf,
-            on_step=on_step,
+            on_step=step_bar(bar, "denoising"),
         )
     if source.video is not None and not only_new:
         made = joined(source.video, made, graph.job.cond_frames)

@@ -3,6 +3,7 @@
 Imported inside the commands: it needs torch. F frames of H x W pixels.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from lcexport.configs.buckets import bucket
 from lcexport.configs.errors import UsageError
-from lcexport.configs.tasks import COND_FRAMES, Job, Task
+from lcexport.configs.tasks import COND_FRAMES, Job, Task, build_words, task_from
 from lcexport.engines.bundle import Bundle, GraphRecord
 from lcexport.runtime.conditioning import Given, task_of
 from lcexport.runtime.media import (
@@ -125,14 +126,11 @@ def graph_by_shape(bundle: Bundle, task: Task, size: tuple[int, int]) -> GraphRe
     name = resolution_of(wanted, list(bundle.manifest.graphs.values()))
     if not built:
         return bundle.job_graph(name, task)
-    frames = built[0].job.cond_frames
-    more = "" if task == "i2v" or frames == COND_FRAMES else f" --cond-frames {frames}"
     raise UsageError(
         f"the bundle has no resolution for {size[0]} x {size[1]} pixels",
         got=", ".join(graph.preset.name for graph in built),
         wanted=f"{wanted[0]} x {wanted[1]}, the nearest shape of the model's",
-        do=f"Add it: lcexport build --res {name} --task {task}{more} --add -o {bundle.folder} "
-        "(or stretch to one the bundle has: --res NAME)",
+        do=f"Add it: {bundle.adding(name, task)} (or stretch to one the bundle has: --res NAME)",
     )
 
 
@@ -144,15 +142,17 @@ def resolution_of(size: tuple[int, int], graphs: Sequence[GraphRecord]) -> str:
     return f"{size[0]}x{size[1]}x{graphs[0].preset.frames}"
 
 
-def check_cond_frames(job: Job, asked: int | None) -> None:
+def check_cond_frames(bundle: Bundle, job: Job, asked: int | None) -> None:
     """UsageError unless the graph starts from as many frames as were asked for."""
     if asked not in (None, job.cond_frames):
+        name = job.preset.name
+        options = {**bundle.manifest.options_for(name, job.task), "cond_frames": asked}
         raise UsageError(
-            f"the bundle continues from another number of frames at {job.preset.name}",
+            f"the bundle continues from another number of frames at {name}",
             got=f"--cond-frames {asked}",
             wanted=job.cond_frames,
-            do=f"Build another: lcexport build --res {job.preset.name} --task {job.task} "
-            f"--cond-frames {asked} -o ANOTHER",
+            do="Build another: lcexport build "
+            f"{shlex.join(build_words(name, job.task, options))} -o ANOTHER",
         )
 
 

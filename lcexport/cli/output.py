@@ -1,17 +1,27 @@
 """What the commands that make a video have in common: how engines are opened, what is written."""
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lcexport.cli.app import pairs
+
 if TYPE_CHECKING:
     from lcexport.configs.tasks import Job
-    from lcexport.runtime import Video
+    from lcexport.runtime import Pipeline, StepEvent, Video
 
 OutOption = Annotated[Path, typer.Option(help="The video, a new .mp4 file.")]
 ContactSheetOption = Annotated[
     Path | None, typer.Option(help="Also write a picture of some frames, a new .png file.")
+]
+ResolutionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Which of the bundle's resolutions: by default the model's nearest to the shape of "
+        "the picture or video, or the first. A picture or video is stretched to it."
+    ),
 ]
 BackendOption = Annotated[
     str | None, typer.Option(help="The engine; the first it was built with by default.")
@@ -37,6 +47,40 @@ KeepEnginesOption = Annotated[
 HashesOption = Annotated[
     bool, typer.Option("--check-hashes", help="Hash the large files too, before opening them.")
 ]
+
+
+def open_pipeline(
+    bundle: Path,
+    resolution: str,
+    tasks: Sequence[str],
+    *,
+    backend: str | None,
+    device: str,
+    offload: str,
+    engine: Iterable[str] | None,
+    check_hashes: bool,
+    keep_engines: int | None = None,
+) -> "Pipeline":
+    """The bundle at a resolution, with the tasks' engines opened; arguments are the options'."""
+    from lcexport.engines.bundle import read_manifest
+    from lcexport.runtime import load
+
+    return load(
+        bundle,
+        resolution,
+        backend or read_manifest(bundle).default_backend,
+        device,
+        tasks=tasks,
+        engine_options=pairs(engine or ()),
+        check_hashes=check_hashes,
+        keep_engines=keep_engines,
+        offload=offload,  # pyright: ignore[reportArgumentType]  # checked by `load`
+    )
+
+
+def step_bar(bar: Callable[[str, int, int], None], what: str) -> "Callable[[StepEvent], None]":
+    """A callback that draws the steps of one sampling."""
+    return lambda event: bar(what, event.step, event.steps)
 
 
 def check_output(out: Path, contact_sheet: Path | None) -> None:

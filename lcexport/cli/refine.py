@@ -1,11 +1,11 @@
 """`refine`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from lcexport.cli.app import BundleArgument, DeviceOption, JsonOption, app, pairs, progress_bars
+from lcexport.cli.app import BundleArgument, DeviceOption, JsonOption, app, progress_bars
 from lcexport.cli.output import (
     BackendOption,
     ContactSheetOption,
@@ -14,11 +14,10 @@ from lcexport.cli.output import (
     OffloadOption,
     OutOption,
     check_output,
+    open_pipeline,
+    step_bar,
     write_video,
 )
-
-if TYPE_CHECKING:
-    from lcexport.runtime import StepEvent
 
 VideoArgument = Annotated[
     Path,
@@ -69,29 +68,24 @@ def refine(
     """Enlarge a generated video and double its frames; the refinement's LoRA must be baked in."""
     from lcexport.cli.given import read_first_stage, refinement_for
     from lcexport.engines.bundle import Bundle, read_manifest
-    from lcexport.runtime import Video, load
+    from lcexport.runtime import Video
 
-    manifest = read_manifest(bundle)
     check_output(out, contact_sheet)
     given = read_first_stage(video, image, cond_video, spatial)
-    graph = refinement_for(Bundle(bundle, manifest), res, given)
+    graph = refinement_for(Bundle(bundle, read_manifest(bundle)), res, given)
     with (
-        load(
+        open_pipeline(
             bundle,
             graph.preset.name,
-            backend or manifest.default_backend,
-            device,
-            tasks=[given.task],
-            engine_options=pairs(engine or ()),
+            [given.task],
+            backend=backend,
+            device=device,
+            offload=offload,
+            engine=engine,
             check_hashes=check_hashes,
-            offload=offload,  # pyright: ignore[reportArgumentType]  # checked by `load`
         ) as pipe,
         progress_bars() as bar,
     ):
-
-        def on_step(event: "StepEvent") -> None:
-            bar("refining", event.step, event.steps)
-
         made = pipe.refine(
             given.frames,
             prompt,
@@ -101,7 +95,7 @@ def refine(
             seed=seed,
             steps=steps,
             t_thresh=threshold,
-            on_step=on_step,
+            on_step=step_bar(bar, "refining"),
         )
     assert isinstance(made, Video), "latents were not asked for"
     write_video(made, graph.job, out, contact_sheet, as_json)

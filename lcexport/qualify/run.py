@@ -1,6 +1,7 @@
 """The whole qualification: an engine where there is none, every check, two files."""
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 
 from lcexport.builder import build, options_from
 from lcexport.configs.errors import IncompatibleError, UsageError
-from lcexport.configs.tasks import build_words
+from lcexport.configs.tasks import build_words, task_in
 from lcexport.doctor import advised
 from lcexport.engines import COMPILED, require_backend
 from lcexport.engines.bundle import Bundle, read_manifest
@@ -135,15 +136,23 @@ def require(bundle: Bundle, backend: str, resolution: str, device: str, *, build
             do="Use a machine with a GPU; --device cpu runs what needs none.",
         )
     if not buildable and not has_engine(bundle, backend, resolution):
-        precision = bundle.manifest.precision
-        graph = bundle.manifest.graphs.get(resolution)
-        words = ["--res", resolution] if graph is None else build_words(graph.job)
+        command = build_command(bundle, backend, resolution, device, "CHECKPOINT")
         raise UsageError(
             f"the bundle {bundle.folder} has no {backend} engine for {resolution}",
-            do=f"Build it: lcexport build --model CHECKPOINT {' '.join(words)} --precision "
-            f"{precision} --backend {backend} --device {device} -o NEW. `qualify --model "
-            "CHECKPOINT` has it built on the way.",
+            do=f"Name a checkpoint with --model to have one built, or build it: {command}",
         )
+
+
+def build_command(bundle: Bundle, backend: str, name: str, device: str, model: str) -> str:
+    """What to type for a bundle with the engine of a graph, made as this bundle's are.
+
+    Args:
+        name: of the graph, whether the bundle has it or not.
+    """
+    resolution, task, _ = task_in(name)
+    options = bundle.manifest.options_for(resolution, task)
+    words = ["lcexport", "build", "--model", model, *build_words(resolution, task, options)]
+    return shlex.join([*words, "--backend", backend, "--device", device, "-o", "NEW"])
 
 
 def require_gpu(backend: str, device: str) -> None:
@@ -167,22 +176,25 @@ def built(
 ) -> Bundle:
     """A bundle like this one with the engine it lacks, in the report's folder."""
     manifest = bundle.manifest
-    graph = manifest.graphs.get(resolution)
-    if graph is not None and graph.job.task != "t2v":
+    name, task, _ = task_in(resolution)
+    if task != "t2v":
         raise UsageError(
-            "only text-to-video's engine is built on the way", got=resolution,
-            do=f"Build it: lcexport build --model {model} {' '.join(build_words(graph.job))} "
-            f"--precision {manifest.precision} --backend {backend} --device {device} -o NEW",
-        )  # fmt: skip
+            "only text-to-video's engine is built on the way",
+            got=resolution,
+            do=f"Build it: {build_command(bundle, backend, resolution, device, str(model))}",
+        )
+    made = manifest.options_for(name, task)
     options = options_from(
         model=model,
         res=resolution,
         output=output / BUNDLE_FOLDER,
         backends=backend,
+        device=device,
         precision=manifest.precision,
         islands=manifest.islands,
-        batch=graph.batch if graph else 1,
-        device=device,
+        weights_dtype=manifest.weights_dtype,
+        dense=made.get("dense", False),
+        batch=made["batch"],
     )
     return build(options, on_progress)
 

@@ -45,7 +45,7 @@ def test_a_bundle_opens_and_finds_its_files(demo_bundle):
     assert bundle.graph(SIZE).file == GRAPH
     with pytest.raises(IntegrityError, match="has no file nothing"):
         bundle.path("nothing")
-    with pytest.raises(UsageError, match="--res 480p --task t2v --add") as caught:
+    with pytest.raises(UsageError, match="lcexport build --res 480p --add -o") as caught:
         bundle.graph("480p")
     assert SIZE in str(caught.value)
 

@@ -1,27 +1,8 @@
 """`lcexport lora` and `build --lora` from the command line."""
 
 import json
-import sys
 
-import pytest
 from lora_files import LORA_A, LORA_B, SIZE, digests
-
-from lcexport import cli
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run("lora", "bake", ...)` -> (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lcexport", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        streams = capsys.readouterr()
-        code = exit_.value.code
-        return (code if isinstance(code, int) else 0), streams.out, streams.err
-
-    return call
 
 
 def test_bake_inspect_and_remove(run, bundle):

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcexport import cli, doctor
+from lcexport import doctor
 from lcexport.configs.errors import BuildError, IncompatibleError, ResourceError, UsageError
 from lcexport.engines.trt import backend as trt_backend
 from lcexport.qualify import bisect, files, fusion, run
@@ -24,18 +23,10 @@ EVERY_CLAIM = [
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(request):
     """`command(bundle, "-o", out)` -> (exit code, stdout, stderr) of `lcexport qualify`."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lcexport", "qualify", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        streams = capsys.readouterr()
-        code = exit_.value.code
-        return (code if isinstance(code, int) else 0), streams.out, streams.err
-
-    return call
+    run = request.getfixturevalue("run")  # the module of that name is `run` here
+    return lambda *words: run("qualify", *words)
 
 
 def verdicts(found: Qualification) -> dict[str, str]:

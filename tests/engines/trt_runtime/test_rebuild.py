@@ -1,40 +1,13 @@
 """The command that an error gives is one that lcexport takes, and builds the same kind of plans."""
 
-import shlex
-
 import pytest
 
-import lcexport.builder
-from lcexport.builder import BuildOptions
-from lcexport.cli.app import app
 from lcexport.engines.bundle import CallRecord, EngineRecord, Manifest, PlanRecord, read_manifest
 from lcexport.engines.trt.options import TrtOptions
 from lcexport.engines.trt.rebuild import rebuild_command
 
 SIZE = "64x96x9"
 PLAN = PlanRecord(file="0.plan", first_block=0, last_block=1, inputs=(), outputs=(), attentions=2)
-
-
-class Taken(Exception):
-    """The command line was taken, with these options."""
-
-
-@pytest.fixture
-def taken(monkeypatch):
-    """`taken(text)`: what `lcexport build` would build, as the command line reads `text`."""
-
-    def stop(options: BuildOptions, on_progress: object) -> None:
-        raise Taken(options)
-
-    def parse(text: str) -> BuildOptions:
-        program, *words = shlex.split(text)
-        assert program == "lcexport"
-        with pytest.raises(Taken) as caught:
-            app(words, standalone_mode=False)
-        return caught.value.args[0]
-
-    monkeypatch.setattr(lcexport.builder, "build", stop)
-    return parse
 
 
 @pytest.fixture
