@@ -1,32 +1,25 @@
 """`lcexport long`: what it hands to the runtime, what it continues, and what it refuses."""
 
 import json
-import sys
 
 import av
 import pytest
 import torch
+from PIL import Image
 
 from lcexport import cli
+from lcexport.configs.errors import UsageError
+from lcexport.engines.bundle import MANIFEST, manifest_json, read_manifest
 from lcexport.runtime import Pipeline, Video
 
+RES = "64x96x13"
 PIXELS = {False: (13, 64, 96, 3), True: (26, 64, 128, 3)}  # of a segment, and of a refined window
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, long_bundle):
+def run(run, long_bundle):
     """`run("--prompt", "a cat", ...)` -> (exit code, stdout, stderr) of `lcexport long`."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        command = ["lcexport", "long", long_bundle, "--backend", "eager", *words]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        streams = capsys.readouterr()
-        code = exit_.value.code
-        return (code if isinstance(code, int) else 0), streams.out, streams.err
-
-    return call
+    return lambda *words, bundle=long_bundle: run("long", bundle, "--backend", "eager", *words)
 
 
 @pytest.fixture
@@ -117,8 +110,13 @@ def test_refined_window_by_window(run, calls, tmp_path):
         (["--prompt", "a cat", "--segments", 0], 2, "segments is out of range"),
         (["--prompt", " "], 2, "is empty"),
         (["--prompt", "a cat", "--spatial"], 2, "Add --refine"),
-        (["--prompt", "a cat", "--refine", "--spatial"], 2, "--task spatial --add"),
-        (["--prompt", "a cat", "--image", "no-such.png"], 2, "--task i2v --add"),
+        (
+            ["--prompt", "a cat", "--refine", "--spatial"],
+            2,
+            "--task spatial --refine-size 64x128 ",
+        ),
+        (["--prompt", "a cat", "--image", "no-such.png"], 3, "no-such.png is missing"),
+        (["--prompt", "a cat", "--image", "a.png", "--video", "a.mp4"], 2, "an image and a video"),
         (["--prompt", "a cat", "--video", "no-such.mp4"], 3, "no-such.mp4 is missing"),
         (["--prompt", "a cat", "--res", "720p"], 2, "720p"),
     ],
@@ -130,6 +128,78 @@ def test_one_clear_error_before_anything_is_made(run, calls, tmp_path, words, co
     assert err.count("error:") == 1
     assert calls == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def files(tmp_path_factory):
+    """A folder with a video and a picture of it, wide as 480p is."""
+    folder = tmp_path_factory.mktemp("given")
+    frames = torch.rand(10, 72, 128, 3)
+    Video(frames, 15).save(folder / "wide.mp4")
+    Image.fromarray(Video(frames, 15).to_uint8()[0]).save(folder / "wide.png")
+    return folder
+
+
+def with_480p(folder, output):
+    """The manifest of a bundle as if its graphs were built at 480p's size, and for images, too."""
+    manifest = read_manifest(folder)
+    graphs = dict(manifest.graphs)
+    for graph in manifest.graphs.values():
+        size = {"height": 480, "width": 832}
+        preset = graph.preset.model_copy(update={"name": "480p", **size})
+        larger = graph.job.model_copy(update={"preset": preset, **size})
+        for job in (larger, larger.model_copy(update={"task": "i2v", "num_cond_latents": 1})):
+            graphs[job.name] = graph.model_copy(update={"job": job})
+    output.mkdir()
+    (output / MANIFEST).write_bytes(manifest_json(manifest.model_copy(update={"graphs": graphs})))
+    return output
+
+
+@pytest.mark.parametrize("option", [("--image", "wide.png"), ("--video", "wide.mp4"), ()])
+def test_the_resolution_is_chosen_as_generate_chooses_it(
+    run, long_bundle, files, tmp_path, monkeypatch, option
+):
+    opened = []
+
+    def stop(bundle, resolution, **options):
+        opened.append(resolution)
+        raise UsageError("stopped here")
+
+    monkeypatch.setattr(cli.long, "open_pipeline", stop)
+    bundle = with_480p(long_bundle, tmp_path / "bundle")
+    given = [option[0], files / option[1]] if option else []
+    words = ["--prompt", "a cat", *given, "--out", tmp_path / "x.mp4", "--work", tmp_path / "w"]
+    for more in ([], ["--res", "480p"]):
+        code, _, err = run(*words, *more, bundle=bundle)
+        assert (code, err) == (2, "error: stopped here\n")
+    assert opened == ["480p" if option else RES, "480p"]
+
+
+@pytest.mark.parametrize(
+    ("option", "size"),
+    [(("--image", "wide.png"), "480x832x13"), (("--video", "wide.mp4"), "480x832x13")],
+)
+def test_a_resolution_that_is_lacking_is_said_before_anything_is_made(
+    run, calls, files, tmp_path, option, size
+):
+    words = [option[0], files / option[1], "--out", tmp_path / "x.mp4", "--work", tmp_path / "w"]
+    code, _, err = run("--prompt", "a cat", *words)
+    assert code == 2
+    assert f"lcexport build --res {size} --task " in err
+    assert calls == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_video_that_is_too_short_is_refused_at_once(run, calls, tmp_path):
+    Video(torch.rand(3, 64, 96, 3), 15).save(tmp_path / "short.mp4")
+    code, _, err = run(
+        "--prompt", "a cat", "--video", tmp_path / "short.mp4", "--res", RES, "--out",
+        tmp_path / "x.mp4", "--work", tmp_path / "w",
+    )  # fmt: skip
+    assert code == 2
+    assert "too short to continue; got 3 frames" in err
+    assert calls == []
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_file_without_prompts(run, tmp_path):

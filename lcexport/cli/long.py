@@ -1,23 +1,35 @@
 """`long`."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lcexport.cli.app import BundleArgument, DeviceOption, JsonOption, app, pairs, progress_bars
-from lcexport.cli.output import KeepEnginesOption
+from lcexport.cli.app import BundleArgument, DeviceOption, JsonOption, app, progress_bars
+from lcexport.cli.output import (
+    BackendOption,
+    EngineOption,
+    HashesOption,
+    KeepEnginesOption,
+    OffloadOption,
+    OutOption,
+    ResolutionOption,
+    check_output,
+    open_pipeline,
+    step_bar,
+)
 from lcexport.configs.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from lcexport.runtime import Pipeline, StepEvent
+    from lcexport.runtime import StepEvent
 
 
 @app.command("long")
 def long_video(
     bundle: BundleArgument,
-    out: Annotated[Path, typer.Option(help="The video, a new .mp4 file.")],
+    out: OutOption,
     work: Annotated[
         Path,
         typer.Option(help="Folder for finished segments; the same command again continues there."),
@@ -58,59 +70,47 @@ def long_video(
         Path | None,
         typer.Option(help="Bundle with the refinement's weights; the same one by default."),
     ] = None,
-    res: Annotated[str | None, typer.Option(help="Which of the bundle's resolutions.")] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="The engine; the first it was built with by default.")
-    ] = None,
+    res: ResolutionOption = None,
+    backend: BackendOption = None,
     device: DeviceOption = "cpu",
-    offload: Annotated[
-        str, typer.Option(help="Text encoder and VAE: keep, cpu, or release after use.")
-    ] = "keep",
+    offload: OffloadOption = "keep",
     keep_engines: KeepEnginesOption = None,
-    engine: Annotated[
-        list[str] | None,
-        typer.Option(help="How a TensorRT engine runs, as for `generate`; may be repeated."),
-    ] = None,
-    check_hashes: Annotated[
-        bool, typer.Option("--check-hashes", help="Hash the large files too, before opening them.")
-    ] = False,
+    engine: EngineOption = None,
+    check_hashes: HashesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a long video of segments that each continue the one before.
 
     Interrupted or killed, run the same command again: it goes on after the last finished segment.
     """
-    from lcexport.engines.bundle import read_manifest
-    from lcexport.engines.files import refuse_existing
-    from lcexport.runtime import generate_long, load, refine_long
+    from lcexport.cli.given import graph_for, read_source
+    from lcexport.engines.bundle import Bundle, read_manifest
+    from lcexport.runtime import generate_long, refine_long
     from lcexport.runtime.long import prompts_for
-    from lcexport.runtime.video import check_suffix
     from lcexport.show.bundle import show_long_video
     from lcexport.show.console import show_json
 
-    check_suffix(out, ".mp4")
-    refuse_existing(out)
+    check_output(out, None)
     texts = prompts_for(prompts_from(prompt, prompts), segments)
-    res = res or next(iter(read_manifest(bundle).graphs.values())).preset.name
+    if not refine and (spatial or refine_bundle):
+        raise UsageError("nothing is refined", do="Add --refine.")
+    source = read_source(image, video, cache=True)
+    graph = graph_for(Bundle(bundle, read_manifest(bundle)), res, source)
+    source.check(graph.job)
+    res = graph.preset.name
     if refine:
         check_refinement(refine_bundle or bundle, res, spatial, len(texts) > 1 or video is not None)
-    elif spatial or refine_bundle:
-        raise UsageError("nothing is refined", do="Add --refine.")
-
-    def opened(folder: Path) -> "Pipeline":
-        return load(
-            folder, res, backend or read_manifest(folder).default_backend, device, tasks=(),
-            offload=offload,  # pyright: ignore[reportArgumentType]  # checked by `load`
-            engine_options=pairs(engine or ()), keep_engines=keep_engines,
-            check_hashes=check_hashes,
-        )  # fmt: skip
-
+    opened = partial(
+        open_pipeline, resolution=res, tasks=(), backend=backend, device=device, offload=offload,
+        engine=engine, keep_engines=keep_engines, check_hashes=check_hashes,
+    )  # fmt: skip
     with progress_bars() as bar:
         with opened(bundle) as pipe:
             made = generate_long(
-                pipe, texts, work / "segments", negative_prompt=negative_prompt, image=image,
-                video=video, seed=seed, steps=steps, guidance_scale=guidance_scale,
-                distill=distill, enhance_hf=enhance_hf, uint8=uint8, **progress(bar, "segment"),
+                pipe, texts, work / "segments", negative_prompt=negative_prompt,
+                image=source.image, video=source.video, seed=seed, steps=steps,
+                guidance_scale=guidance_scale, distill=distill, enhance_hf=enhance_hf,
+                uint8=uint8, **progress(bar, "segment"),
             )  # fmt: skip
         if refine:  # its engines are opened when the others are closed
             with opened(refine_bundle or bundle) as pipe:
@@ -160,6 +160,6 @@ def progress(bar: Callable[[str, int, int], None], what: str) -> dict[str, Any]:
         bar(f"{what}s", done, total)
 
     def on_step(event: "StepEvent") -> None:
-        bar(f"{what} {number}", event.step, event.steps)
+        step_bar(bar, f"{what} {number}")(event)
 
     return {"on_segment": on_segment, "on_step": on_step}
