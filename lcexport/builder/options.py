@@ -27,11 +27,15 @@ Weights = Literal["inside", "shared"]  # of a compiled engine: in its plans, or 
 
 
 class BuildOptions(BaseModel):
-    """The effective configuration of a build, recorded in the manifest."""
+    """The effective configuration of a build, recorded in the manifest.
+
+    Attributes:
+        model: the checkpoint; not needed with `add`, which takes the bundle's weights.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Path
+    model: Path | None = None
     output: Path
     presets: tuple[Preset, ...] = Field(min_length=1)
     tasks: tuple[Task, ...] = Field(default=("t2v",), min_length=1)
@@ -63,6 +67,8 @@ class BuildOptions(BaseModel):
             raise ValueError(f"a resolution is named twice: {', '.join(names)}")
         if len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"a task is named twice: {', '.join(self.tasks)}")
+        if self.model is None and not self.add:
+            raise ValueError("a new bundle is made of a checkpoint: name one with --model")
         if self.add and self.resume:
             raise ValueError("an addition takes seconds: run --add again, without --resume")
         if self.add and self.loras:
@@ -163,7 +169,7 @@ class BuildOptions(BaseModel):
             "resume": True, "add": True, "output": True, "loras": True, "trt": {"timing_cache"},
         }  # fmt: skip
         own = self.model_dump(mode="json", exclude=places)
-        return {**own, "model": self.model.name}
+        return {**own, "model": self.model.name if self.model else None}
 
 
 def options_from(
@@ -191,19 +197,25 @@ def options_from(
         UsageError: an unknown resolution, backend or value, or options that contradict.
         InputError: no such LoRA.
     """
-    model = model or default_model()
+    checkpoint = model or default_model()
     presets = tuple(preset_from(name.strip()) for name in res.split(","))
     engines = tuple(name.strip() for name in backends.split(","))
     for name in engines:
         backend_module(name)
     label = str(fields.get("precision", "fp32"))
     label += "-int8" if fields.get("weights_dtype") == "int8" else ""
-    output = output or default_output(model, presets, label)
-    given = {"model": model, "output": output, "presets": presets, "backends": engines, **fields}
+    output = output or default_output(checkpoint, presets, label)
+    given = {
+        "model": model if fields.get("add") else checkpoint,
+        "output": output,
+        "presets": presets,
+        "backends": engines,
+        **fields,
+    }
     given["tasks"] = tuple(task_from(name.strip()) for name in task.split(","))
     given["refine_size"] = refine_size and size_from(refine_size)
     given["trt"] = trt_fields(trt or {}, targets)
-    given["loras"] = tuple(choice_from(word, model / "lora") for word in loras)
+    given["loras"] = tuple(choice_from(word, checkpoint / "lora") for word in loras)
     try:
         return BuildOptions.model_validate(given)
     except ValidationError as error:

@@ -113,7 +113,11 @@ def open_source(options: BuildOptions) -> Checkpoint:
         InputError: no checkpoint there, or its tensors are not its configuration's.
         IntegrityError: with `add`, no bundle there, or a damaged one.
     """
-    checkpoint = open_added(options.output) if options.add else open_checkpoint(options.model)
+    if options.add:
+        checkpoint = open_added(options.output)
+    else:
+        assert options.model is not None, "BuildOptions has a model where it does not add"
+        checkpoint = open_checkpoint(options.model)
     check_tensors(checkpoint)
     shares_of(options.loras, checkpoint.config)  # do the LoRAs fit? Their values come later
     return checkpoint

@@ -55,6 +55,8 @@ def test_what_the_manifest_says(demo_bundle, demo_options):
     assert {"lcexport", "torch", "onnx", "onnxruntime"} <= set(manifest.versions)
     rebuilt = BuildOptions.model_validate({**manifest.effective, "output": demo_options.output})
     assert rebuilt == demo_options.model_copy(update={"model": rebuilt.model})
+    assert demo_options.model
+    assert rebuilt.model
     assert rebuilt.model.name == demo_options.model.name
     assert str(demo_options.model.parent) not in (demo_bundle / "manifest.json").read_text("utf-8")
     stages = ["weights", "components"]
@@ -85,15 +87,11 @@ def test_the_golden_branches_differ(demo_bundle):
     assert all(torch.isfinite(golden[f"velocity_{branch}"]).all() for branch in BRANCHES)
 
 
-def test_an_added_resolution_adds_a_graph_and_its_golden_data_only(
-    demo_bundle, demo_options, tmp_path
-):
+def test_an_added_resolution_adds_a_graph_and_its_golden_data_only(demo_bundle, tmp_path):
     folder = shutil.copytree(demo_bundle, tmp_path / "bundle")
     before, weights = digests(folder), (folder / WEIGHTS).stat()
     preset = preset_from("64x64x5")
-    nowhere = tmp_path / "no checkpoint is needed"
-    changes = {"output": folder, "presets": (preset,), "add": True, "model": nowhere}
-    options = demo_options.model_copy(update=changes)
+    options = BuildOptions(output=folder, presets=(preset,), add=True)  # needs no checkpoint
     bundle = build(options)
     after = digests(folder)
     assert set(after) - set(before) == {"dit.64x64x5.onnx", "golden/64x64x5.safetensors"}

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from lcexport.builder import BuildOptions, build, default_output, make_plan, plan, refuse_shortage
-from lcexport.builder.options import default_model
+from lcexport.builder.options import default_model, options_from
 from lcexport.checkpoint import open_checkpoint
 from lcexport.configs import preset_from
 from lcexport.configs.dit import BlockSparseParams, DiTConfig
@@ -81,6 +81,15 @@ def test_float32_weights_take_twice_the_bulk():
     whole, half = (plan.weights_bytes(RELEASED, precision) for precision in ("fp32", "bf16"))
     assert whole == 4 * 13_581_071_424
     assert whole / 2 < half < whole
+
+
+def test_a_new_bundle_needs_a_checkpoint_and_an_addition_none(options):
+    given = {"output": options.output, "presets": options.presets}
+    with pytest.raises(ValidationError, match="made of a checkpoint: name one with --model"):
+        BuildOptions(**given)
+    assert BuildOptions(**given, add=True).model is None
+    assert options_from(res="64x64x5", output=options.output, add=True).model is None
+    assert options_from(res="64x64x5", output=options.output).model == default_model()
 
 
 def test_stages_follow_the_options(options):
