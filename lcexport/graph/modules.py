@@ -17,14 +17,24 @@ from lcexport.dit.model import LongCatDiT
 EMBEDDERS = ("patch_embed", "time_embedder", "caption_embedder")
 
 
-class EmbedPart(nn.Module):
-    """Inputs of the DiT -> x, text, time, cos, sin (and the text mask where the model has one)."""
+class Embedding(nn.Module):
+    """The model's embedders, and `embed_tables` as buffers."""
 
     def __init__(self, dit: LongCatDiT, tables: dict[str, Tensor]) -> None:
         super().__init__()
         self.dit = dit
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
+
+    def turns(self) -> tuple[Tensor, Tensor]:
+        """RoPE's cos and sin, spread over the grid."""
+        cos = rope_grid(*(self.get_buffer(f"cos_{i}") for i in range(3)))
+        sin = rope_grid(*(self.get_buffer(f"sin_{i}") for i in range(3)))
+        return cos, sin
+
+
+class EmbedPart(Embedding):
+    """Inputs of the DiT -> x, text, time, cos, sin (and the text mask where the model has one)."""
 
     def forward(
         self,
@@ -33,16 +43,14 @@ class EmbedPart(nn.Module):
         timestep: Tensor,
         encoder_attention_mask: Tensor,
     ) -> tuple[Tensor, ...]:
-        table = self.get_buffer
         x, text, time = self.dit.embed(
             hidden_states,
             encoder_hidden_states,
             timestep,
             encoder_attention_mask,
-            table("frequencies"),
+            self.get_buffer("frequencies"),
         )
-        cos = rope_grid(*(table(f"cos_{i}") for i in range(3)))
-        sin = rope_grid(*(table(f"sin_{i}") for i in range(3)))
+        cos, sin = self.turns()
         mask = self.dit.text_mask(encoder_attention_mask)
         # A mask handed through untouched would make one value both input and output.
         return (x, text, time, cos, sin) + (() if mask is None else (mask.clone(),))
@@ -84,21 +92,12 @@ class BlockPart(nn.Module):
         return self.block(x, text, time, cos, sin, mask, self.geometry, cache)
 
 
-class CacheEmbedPart(nn.Module):
+class CacheEmbedPart(Embedding):
     """Clean latents and their timesteps -> x, time, cos, sin."""
 
-    def __init__(self, dit: LongCatDiT, tables: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.dit = dit
-        for name, table in tables.items():
-            self.register_buffer(name, table, persistent=False)
-
     def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
-        table = self.get_buffer
-        x, time = self.dit.embed_frames(hidden_states, timestep, table("frequencies"))
-        cos = rope_grid(*(table(f"cos_{i}") for i in range(3)))
-        sin = rope_grid(*(table(f"sin_{i}") for i in range(3)))
-        return x, time, cos, sin
+        x, time = self.dit.embed_frames(hidden_states, timestep, self.get_buffer("frequencies"))
+        return x, time, *self.turns()
 
 
 class CacheBlockPart(nn.Module):
