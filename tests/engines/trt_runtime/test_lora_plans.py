@@ -1,33 +1,22 @@
 """LoRAs in TensorRT's plans, on the double: refitted while open, and refitted when opened."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from trt_plans import write_plans
+from trt_plans import HERE, with_plans
 
 from lcexport.compare import STEP_TOLERANCE, difference
 from lcexport.configs.dit import DiTConfig
 from lcexport.dit import dit_from_tensors
-from lcexport.engines.bundle import (
-    MANIFEST,
-    EngineRecord,
-    FileRecord,
-    PlanRecord,
-    manifest_json,
-    open_bundle,
-    read_manifest,
-)
+from lcexport.engines.bundle import open_bundle
 from lcexport.engines.trt.backend import engine_from
-from lcexport.engines.trt.reader import Here, this_platform
 from lcexport.golden import BRANCHES, read_golden, run_branch
 from lcexport.lora import LoraChoice, bake, open_merge, remove, swapped
 
 SIZE = "64x96x9"
 LORA = Path(__file__).parents[2] / "golden" / "lora_tiny" / "lora_a.safetensors"
-HERE = Here("tensorrt", "11.4.0", this_platform(), "sm90", "a double", "13.0")
 
 
 def test_an_open_engine_is_given_loras_and_the_base_again(
@@ -50,38 +39,7 @@ def test_an_open_engine_is_given_loras_and_the_base_again(
 @pytest.fixture
 def bundle(demo_bundle, double, tmp_path) -> Path:
     """A bundle whose plan holds the base's weights and can be refitted."""
-    folder = shutil.copytree(demo_bundle, tmp_path / "bundle")
-    manifest = read_manifest(folder)
-    graph = manifest.graphs[SIZE]
-    place = folder / "engines/tensorrt" / SIZE
-    place.mkdir(parents=True)
-    (plan,) = write_plans(folder / graph.file, place, 1, refittable=True)
-    name = plan.path.relative_to(folder).as_posix()
-    record = EngineRecord(
-        plans=(
-            PlanRecord(
-                file=name, first_block=0, last_block=3, inputs=graph.inputs,
-                outputs=graph.outputs, attentions=0,
-            ),
-        ),
-        product="tensorrt",
-        version=HERE.version,
-        platform=HERE.platform,
-        compute_capabilities=(HERE.compute_capability,),
-        gpu=HERE.gpu,
-        driver=HERE.driver,
-        options={
-            "strip_plan": False,
-            "refit": True,
-            "hardware_compatibility": "none",
-            "version_compatible": False,
-        },
-        verified=False,
-    )  # fmt: skip
-    files = {**manifest.files, name: FileRecord(bytes=plan.bytes, sha256=plan.sha256)}
-    update = {"files": files, "engines": {"tensorrt": {SIZE: record}}}
-    (folder / MANIFEST).write_bytes(manifest_json(manifest.model_copy(update=update)))
-    return folder
+    return with_plans(demo_bundle, tmp_path / "bundle", 1, refittable=True).folder
 
 
 def test_plans_with_the_bases_weights_are_refitted_when_a_baked_bundle_is_opened(

@@ -4,83 +4,34 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file
-from trt_plans import plan_file
+from trt_plans import HERE, with_plans
 
 from lcexport.builder import BuildOptions, build
-from lcexport.builder.compile import call_records, part_units
 from lcexport.compare import STEP_TOLERANCE, difference
 from lcexport.configs import preset_from
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
-from lcexport.engines.bundle import (
-    Bundle,
-    EngineRecord,
-    FileRecord,
-    open_bundle,
-)
+from lcexport.engines.bundle import Bundle, FileRecord, read_manifest
 from lcexport.engines.ort import OrtEngine
 from lcexport.engines.trt import backend
 from lcexport.engines.trt.backend import engine_from, run_options
 from lcexport.engines.trt.memory import Workspace
-from lcexport.engines.trt.reader import Here, this_platform
 from lcexport.engines.trt.runtime import RunOptions
 from lcexport.golden import BRANCHES, branch_inputs, golden_inputs, read_golden, run_branch
-from lcexport.graph.parts import parts_of
 
 SIZE, OTHER = "64x96x9", "96x64x9"
-HERE = Here("tensorrt", "11.4.0", this_platform(), "sm90", "a double", "13.0")
 
 
-def compiled(bundle: Bundle, resolution: str, double, folder: Path) -> EngineRecord:
-    """What a build with shared weights would have made for the double; plans go to `folder`."""
-    parts, uses = parts_of(ir.load(bundle.path(bundle.graph(resolution).file)))
-    units = list(part_units(f"engines/tensorrt/{resolution}", parts, uses))
-    for unit in units:
-        path = folder / unit.record.file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(double.plan_bytes(ir.to_proto(unit.model)))
-    return EngineRecord(
-        plans=tuple(unit.record for unit in units),
-        calls=call_records(uses),
-        product="tensorrt",
-        version=HERE.version,
-        platform=HERE.platform,
-        compute_capabilities=(HERE.compute_capability,),
-        gpu=HERE.gpu,
-        driver=HERE.driver,
-        options={
-            "strip_plan": False,
-            "hardware_compatibility": "none",
-            "version_compatible": False,
-        },
-        verified=False,
-    )
-
-
-def with_plans(source: Path, double, folder: Path) -> Bundle:
-    """A bundle with plans of the double for every graph, over the same files."""
-    opened = open_bundle(source)
-    folder.mkdir()
-    for path in source.iterdir():
-        (folder / path.name).symlink_to(path)
-    opened.folder = folder
-    graphs = opened.manifest.graphs
-    records = {name: compiled(opened, name, double, folder) for name in graphs}
-    files = dict(opened.manifest.files)
-    for record in records.values():
-        for plan in record.plans:
-            made = plan_file(folder / plan.file)
-            files[plan.file] = FileRecord(bytes=made.bytes, sha256=made.sha256)
-    update = {"engines": {"tensorrt": records}, "files": files}
-    return Bundle(folder, opened.manifest.model_copy(update=update))
+@pytest.fixture(scope="module")
+def folder(two_size_bundle, tmp_path_factory) -> Path:
+    return with_plans(two_size_bundle, tmp_path_factory.mktemp("shared") / "bundle", 0).folder
 
 
 @pytest.fixture
-def bundle(two_size_bundle, double, tmp_path) -> Bundle:
-    return with_plans(two_size_bundle, double, tmp_path / "bundle")
+def bundle(folder) -> Bundle:
+    return Bundle(folder, read_manifest(folder))
 
 
 @pytest.fixture
@@ -109,16 +60,14 @@ def test_it_computes_what_onnx_runtime_computes(bundle, open_size, size):
             assert STEP_TOLERANCE["fp32"].holds(error)
 
 
-def test_integers_are_handed_in_as_they_are_stored(
-    demo_checkpoint, double, product, workspace, tmp_path
-):
+def test_integers_are_handed_in_as_they_are_stored(demo_checkpoint, product, workspace, tmp_path):
     source = tmp_path / "int8"
     options = BuildOptions(
         model=demo_checkpoint, output=source, presets=(preset_from(SIZE),), only="export",
         weights_dtype="int8",
     )  # fmt: skip
     build(options)
-    bundle = with_plans(source, double, tmp_path / "bundle")
+    bundle = with_plans(source, tmp_path / "bundle", 0)
     with (
         OrtEngine(bundle.path(f"dit.{SIZE}.onnx")) as reference,
         engine_from(product, HERE, bundle, SIZE, workspace) as engine,
