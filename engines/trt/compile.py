@@ -110,6 +110,8 @@ def compile_plan(
     cache = None if options.timing_cache is None else TimingCache(options.timing_cache, cache_named)
     notes = cache.load(config) if cache else []
     parsed = parse_network(product, builder, logger, log, graph, graph_path)
+    if options.sparse_kernel == "plugin":
+        expectations = expectations.model_copy(update={"sparse_plugin": True})
     summary = check_network(product, parsed.network, expectations, graph_path)
     if options.refit or options.strip_plan:
         mark_refittable(parsed.network, refittable, graph_path)

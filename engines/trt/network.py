@@ -71,6 +71,7 @@ class Expectations(BaseModel):
 
     Attributes:
         islands: names of weights, inside or handed in, whose products must be float32.
+        sparse_plugin: block-sparse attention must be the plugin, not the function in its place.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,6 +85,7 @@ class Expectations(BaseModel):
     roundings: int | None = None
     weights_int8: int | None = None
     islands: frozenset[str] = frozenset()
+    sparse_plugin: bool = False
 
     @classmethod
     def from_proof(cls, proof: Mapping[str, int], islands: Iterable[str] = ()) -> Self:
@@ -252,7 +254,7 @@ class NetworkCheck:
         if layer.kind == "CONSTANT":
             self.weights_bytes += sum(map(bytes_of, layer.outputs))
         elif SPARSE in layer.place:
-            self.check_sparse(layer)
+            self.check_sparse(layer, expectations.sparse_plugin)
         elif layer.kind == "ATTENTION_INPUT":
             self.check_attention(layer)
         elif layer.kind == "SOFTMAX":
@@ -298,8 +300,10 @@ class NetworkCheck:
             )
         self.count("attentions", layer)
 
-    def check_sparse(self, layer: Layer) -> None:
+    def check_sparse(self, layer: Layer, plugin: bool) -> None:
         """A layer of block-sparse attention: means and softmax float32; or all of it a plugin."""
+        if layer.kind == "SOFTMAX" and plugin:
+            self.refuse(f"{layer} is of the function that the plugin should have replaced")
         if layer.kind in ("SOFTMAX", "REDUCE") and layer.dtypes & LOW:
             self.refuse(f"{layer} is not float32", got=", ".join(sorted(layer.dtypes)))
         if layer.kind == "PLUGIN_V3" and len(layer.dtypes) != 1:

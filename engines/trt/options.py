@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
 
 HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"]
+SparseKernel = Literal["graph", "plugin"]
 AMPERE = 80  # as in sm80, the first with bfloat16
 NOT_TARGETS = ("NONE", "CURRENT")  # no GPU architectures: CURRENT asks the driver for one
 
@@ -37,6 +38,8 @@ class TrtOptions(BaseModel):
             that the product targets by itself where empty.
         max_threads: threads of the builder; TensorRT's own choice where None.
         timing_cache: file of measured kernels, read before and added to after (TensorRT only).
+        sparse_kernel: what block-sparse attention is compiled of: the graph's own operators, or
+            our kernel as a `plugin` (TensorRT only).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +55,7 @@ class TrtOptions(BaseModel):
     compute_capabilities: tuple[str, ...] = ()
     max_threads: int | None = Field(default=None, ge=1, le=1024)
     timing_cache: Path | None = None
+    sparse_kernel: SparseKernel = "graph"
 
     @field_validator("compute_capabilities")
     @classmethod
@@ -75,12 +79,15 @@ def require_supported(product: Product, options: TrtOptions) -> None:
         "hardware_compatibility": options.hardware_compatibility != "none",
         "version_compatible": options.version_compatible,
         "timing_cache": options.timing_cache is not None,
+        "sparse_kernel=plugin": options.sparse_kernel == "plugin",
     }
     reasons = {
         "hardware_compatibility": "its plans run on every GPU they were compiled for: name those "
         "with compute_capabilities",
         "version_compatible": "it ships no lean runtime, so a plan fits one version only",
         "timing_cache": "it measures nothing at build time, so there is nothing to keep",
+        "sparse_kernel=plugin": "it has no ahead-of-time plugins, and compiles the graph's own "
+        "operators",
     }
     for option, wish in wished.items():
         if wish and product.is_rtx:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -29,6 +30,7 @@ from lcexport.engines.trt.compile import Cancel, OnProgress, PlanReport, compile
 from lcexport.engines.trt.network import Expectations
 from lcexport.engines.trt.options import TrtOptions
 from lcexport.engines.trt.product import MessageLog, ProductName, open_product
+from lcexport.engines.trt.sparse_plugin import Kernel, register_plugin
 
 # Not `-m`: the module may have been imported by its package by then.
 COMMAND = (sys.executable, "-c", "from lcexport.engines.trt.worker import main; main()")
@@ -52,6 +54,7 @@ def compile_graph(
     refittable: Iterable[str] = (),
     cache_named: bool = True,
     gpu: str | None = None,
+    kernel: Kernel | None = None,
 ) -> PlanReport:
     """Compile `graph` to the new file `output` in a process of its own.
 
@@ -59,6 +62,7 @@ def compile_graph(
 
     Args:
         gpu: the one GPU that the process sees, by its own name.
+        kernel: what the process registers as the plugin of block-sparse attention.
 
     Raises:
         BuildError: the compiler crashed; names the signal and its last messages.
@@ -74,6 +78,7 @@ def compile_graph(
         "check_memory": check_memory,
         "refittable": list(refittable),
         "cache_named": cache_named,
+        "kernel": None if kernel is None else asdict(kernel),
     }
     with private_folder(output) as folder, tempfile.TemporaryFile() as stderr:
         plan = folder / PLAN
@@ -245,8 +250,11 @@ def main() -> None:
     threading.Thread(target=end_with_parent, args=(requests,), daemon=True).start()
     log = MessageLog(lambda severity, message: answer("message", [severity, message]))
     try:
+        product = open_product(request["product"])
+        if request["kernel"] is not None:
+            register_plugin(product, Kernel(**request["kernel"]))
         report = compile_plan(
-            open_product(request["product"]),
+            product,
             graph,
             Path(request["graph_path"]),
             TrtOptions.model_validate(request["options"]),

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 
 from lcexport.builder.options import BuildOptions
+from lcexport.builder.sparse_kernel import sparse_kernel
 from lcexport.builder.stages import file_record
 from lcexport.builder.staging import DoneStage, StageOutput
 from lcexport.checkpoint import is_island
@@ -217,6 +218,7 @@ def compile_unit(
         refittable=list(unit.model.graph.initializers),
         cache_named=options.trt.timing_cache is not None,
         gpu=gpu_of(torch.device(options.device)),
+        kernel=sparse_kernel(folder, backend, graph.job, options),
     )
     record = unit.record.model_copy(update={"attentions": made.summary.attentions})
     return StageOutput(

@@ -15,6 +15,7 @@ from lcexport.builder.compile import (
 )
 from lcexport.builder.options import BuildOptions
 from lcexport.builder.plan import Plan, make_plan, refuse_shortage
+from lcexport.builder.sparse_kernel import require_sparse_kernel
 from lcexport.builder.stages import (
     components_stage,
     engine_stage,
@@ -241,6 +242,7 @@ def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:
         require_backend(backend, options.precision, options.device)
     for backend in options.compiled:
         require_compiler(backend, options)
+        require_sparse_kernel(backend, options, options.jobs(checkpoint.config))
     if options.compiled:
         require_segments(options.segments or 1, checkpoint.config.depth)
 

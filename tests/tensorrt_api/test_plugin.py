@@ -36,6 +36,7 @@ assert key == ("lcexport", "KeptChunksAttention"), key
 arguments = (*reversed(key), trt.PluginFieldCollection([]), trt.TensorRTPhase.BUILD)
 instance = creator.create_plugin(*arguments, trt.QuickPluginCreationRequest.UNKNOWN)
 assert "AOT" in type(instance).__name__, instance
+assert not isinstance(instance, trt.IPluginV3QuickRuntime)  # nothing of it is called at run time
 _, implement = plugin_functions(plugin_module(product), kernel)
 trt.plugin._tensor.SymIntExpr._exprBuilder = Some(constant=lambda value: value)
 shapes = ((6, 8, 64, 128), (6, 9, 64, 128), (6, 9, 64, 128), (6, 8, 3))

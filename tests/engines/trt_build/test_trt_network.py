@@ -58,6 +58,9 @@ def test_block_sparse_attention_parses_as_its_functions(check, dit_folder, make_
     proof = prove_precision(ir.load(path), torch.bfloat16, attentions=3, sparse=2)
     summary = check(path.read_bytes(), path, Expectations.from_proof(proof))
     assert summary.sparse_attentions == 2 * summary.attentions == 2 * config.depth
+    wanted = Expectations.from_proof(proof).model_copy(update={"sparse_plugin": True})
+    with pytest.raises(BuildError, match="of the function that the plugin should have replaced"):
+        check(path.read_bytes(), path, wanted)
 
 
 @pytest.mark.parametrize(

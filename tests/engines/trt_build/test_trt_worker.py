@@ -16,6 +16,7 @@ from lcexport.engines.trt import worker
 from lcexport.engines.trt.network import Expectations, NetworkSummary
 from lcexport.engines.trt.options import TrtOptions
 from lcexport.engines.trt.product import Product
+from lcexport.engines.trt.sparse_plugin import Kernel
 from lcexport.engines.trt.worker import compile_graph
 
 READ = "import json,os,signal,sys,time; q=json.loads(sys.stdin.buffer.readline());"
@@ -70,6 +71,35 @@ def test_what_the_child_notes_is_a_warning_here(monkeypatch, tmp_path: Path, cap
     )
     assert [record.message for record in caplog.records] == ["kernels are measured anew"]
     assert caplog.records[0].levelname == "WARNING"
+
+
+# The child itself, but that it says what it would have done with TensorRT.
+TOLD = """
+from lcexport.configs.errors import BuildError
+from lcexport.engines.trt import worker
+done = []
+def compile_plan(product, *rest, **options):
+    raise BuildError(f"{product}: {done}, then compiled")
+worker.open_product = lambda name: name
+worker.register_plugin = lambda product, kernel: done.append((product, kernel.ptx))
+worker.compile_plan = compile_plan
+worker.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "done"),
+    [(Kernel("attend", "some PTX", 128, 4096), "[('tensorrt', 'some PTX')]"), (None, "[]")],
+)
+def test_the_child_registers_a_kernel_before_it_parses(monkeypatch, tmp_path: Path, kernel, done):
+    monkeypatch.setattr(worker, "COMMAND", (sys.executable, "-c", TOLD))
+    wanted = Expectations(attentions=0)
+    with pytest.raises(BuildError) as caught:
+        compile_graph(
+            "tensorrt", b"graph", tmp_path / "g.onnx", tmp_path / "dit.plan", TrtOptions(), wanted,
+            kernel=kernel,
+        )  # fmt: skip
+    assert str(caught.value) == f"tensorrt: {done}, then compiled"
 
 
 def test_a_compiler_sees_the_one_gpu_it_is_for(pretend, monkeypatch):
