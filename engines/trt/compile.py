@@ -1,57 +1,41 @@
 """One graph compiled to one plan, in this process. `worker` does the same in a process of its own.
 
-TensorRT calls back into Python from C++, which swallows exceptions: each callback here keeps its
-exception, tells TensorRT to stop, and the exception is raised when TensorRT has returned.
+TensorRT calls back into Python from C++, which swallows exceptions: the callbacks here and in
+`progress` keep theirs, tell TensorRT to stop, and they are raised when TensorRT has returned.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict
 
-from lcexport.configs.errors import (
-    BuildError,
-    Cancelled,
-    IncompatibleError,
-    LcexportError,
-    ResourceError,
-)
+from lcexport.configs.errors import BuildError, LcexportError, ResourceError
 from lcexport.engines.files import new_file, refuse_existing
 from lcexport.engines.host import available_memory_bytes, peak_rss_bytes
-from lcexport.engines.trt.memory import missing_gpu
+from lcexport.engines.trt.failures import build_error
 from lcexport.engines.trt.network import (
     Expectations,
     NetworkSummary,
-    attention_kinds,
     check_network,
-    parse_network,
 )
 from lcexport.engines.trt.options import TrtOptions, configure, require_supported
+from lcexport.engines.trt.parsing import parse_network
 from lcexport.engines.trt.product import MessageLog, Product, builder_for, logger_for
+from lcexport.engines.trt.progress import Cancel, OnProgress, Progress, monitor_for
 from lcexport.engines.trt.timing import TimingCache
 
 if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
 
-OnProgress = Callable[[float, str], None]
-Cancel = Callable[[], bool]
-
 # Host memory of a build, measured with TensorRT for RTX 1.7: about three times the weights.
 BYTES_PER_WEIGHT_BYTE = 3.0
 FIXED_BYTES = 512 << 20
-CUDA_ERROR = re.compile(r"CUDA_SUCCESS|cudaError|CUDA driver")
-# Where there is no driver, RTX says this after whatever went wrong.
-ECHO = re.compile(r"catchCudaError.*cudaError 35\b")
-OTHERWISE = "Try another optimization_level or version of TensorRT."
-SMALLEST_STEP = 0.001  # of the whole; smaller progress is not reported
 
 
 class PlanReport(BaseModel):
@@ -186,135 +170,6 @@ def writer_for(product: Product, sink: PlanSink) -> TensorRT.IStreamWriter:
             return sink.write(data)
 
     return Writer()
-
-
-@dataclass
-class Phase:
-    """One running phase of the builder."""
-
-    name: str
-    parent: str | None
-    steps: int
-    done: int = 0
-
-
-class Progress:
-    """The builder's nested phases as one rising fraction, and the way to stop it.
-
-    A step of a phase is worth an equal part of it; a phase inside it fills its present step.
-    """
-
-    def __init__(self, on_progress: OnProgress | None, cancel: Cancel | None) -> None:
-        self.stopped: BaseException | None = None
-        self._on_progress = on_progress or (lambda fraction, phase: None)
-        self._cancel = cancel or (lambda: False)
-        self._phases: dict[str, Phase] = {}
-        self._reported = (-1.0, "")
-        self._lock = threading.RLock()  # phases run, and report, on several threads
-
-    def start(self, name: str, parent: str | None, steps: int) -> None:
-        with self._lock:
-            self._phases[name] = Phase(name, parent, max(steps, 1))
-            self._report(name)
-
-    def step(self, name: str, done: int) -> bool:
-        """False where the build must stop."""
-        with self._lock:
-            if name in self._phases:
-                self._phases[name].done = done + 1
-            self._report(name)
-            return self.stopped is None
-
-    def finish(self, name: str) -> None:
-        with self._lock:
-            self._phases.pop(name, None)
-
-    def _report(self, name: str) -> None:
-        try:
-            if self.stopped is None and self._cancel():
-                self.stopped = Cancelled("the build was cancelled")
-            fraction = max(self._fraction(name), self._reported[0], 0.0)
-            if fraction - self._reported[0] >= SMALLEST_STEP or name != self._reported[1]:
-                self._reported = (fraction, name)
-                self._on_progress(fraction, name)
-        except BaseException as error:  # C++ would swallow it
-            self.stopped = self.stopped or error
-
-    def _fraction(self, name: str) -> float:
-        fraction, phase = 0.0, self._phases.get(name)
-        while phase is not None:
-            fraction = min((phase.done + fraction) / phase.steps, 1.0)
-            phase = self._phases.get(phase.parent) if phase.parent else None
-        return fraction
-
-
-def monitor_for(product: Product, progress: Progress) -> TensorRT.IProgressMonitor:
-    """A TensorRT progress monitor over `progress`."""
-    trt = product.trt
-
-    class Monitor(trt.IProgressMonitor):
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            progress.start(phase_name, parent_phase, num_steps)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            return progress.step(phase_name, step)
-
-        def phase_finish(self, phase_name: str) -> None:
-            progress.finish(phase_name)
-
-    return Monitor()
-
-
-def build_error(
-    product: Product,
-    options: TrtOptions,
-    log: MessageLog,
-    network: TensorRT.INetworkDefinition,
-    path: Path,
-) -> LcexportError:
-    """The compiler gives no exception, only messages: the error that the last of them mean."""
-    errors = [error for error in log.errors if not ECHO.search(error)] or list(log.errors)
-    said = "\n".join(errors)
-    what = f"{product} cannot compile {path.name}"
-    got = errors[-1].strip() if errors else "no reason given"
-    if "not supported by a dedicated kernel" in said:
-        return BuildError(
-            f"{what}: an attention has no fused kernel",
-            got=attention_kinds(network),
-            wanted="bfloat16 or float16, heads of a width that is fused (256 at most on RTX 1.7)",
-            do="Unfused attention would keep every score in memory, so this is not built.",
-        )
-    if old := re.search(r"target\(s\) ([\w, ]+), because", said):
-        return IncompatibleError(
-            f"{what} for {old.group(1)}",
-            got=got,
-            do="GPUs before sm80 have no bfloat16: leave them out of compute_capabilities.",
-        )
-    if "workspace memory" in said:
-        return ResourceError(what, got=got, do="Raise workspace_bytes.")
-    if re.search(r"bad_alloc|out of memory|OutOfMemory|Cannot allocate", said):
-        return ResourceError(
-            what, got=got, do="Free memory, or build in more segments, which need less each."
-        )
-    if cuda := [error for error in errors if CUDA_ERROR.search(error)]:
-        return cuda_error(product, options, what, cuda[-1].strip())
-    return BuildError(what, got=got, do=OTHERWISE)
-
-
-def cuda_error(product: Product, options: TrtOptions, what: str, got: str) -> LcexportError:
-    """CUDA failed: RTX was asked for something that it does on a GPU alone, or a GPU failed."""
-    if not product.is_rtx or missing_gpu() is None:
-        return BuildError(f"{what}: CUDA failed", got=got, do=OTHERWISE)
-    wishes = " and ".join(name for name in ("strip_plan", "refit") if getattr(options, name))
-    return IncompatibleError(
-        f"{what} without a GPU" + (f" with {wishes}" if wishes else ""),
-        got=got,
-        do=(f"Build without {wishes}, or on" if wishes else "Use")
-        + " a machine with an NVIDIA GPU and its driver.",
-    )
 
 
 def build_bytes(weights_bytes: int) -> int:

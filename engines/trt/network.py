@@ -1,4 +1,4 @@
-"""A graph parsed into a TensorRT network, and the network held against what it must be.
+"""A parsed network held against what it must be.
 
 Strong typing makes the network's types the engine's types, so this is where precision is known
 for certain: after TensorRT's parser, before its compiler. Checked are attention (all of it fused
@@ -10,46 +10,31 @@ of a function of that name, or a plugin: it has rules of its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Self, TypeVar, cast
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from lcexport.configs.errors import BuildError
 from lcexport.engines.bundle import TensorRecord
-from lcexport.engines.trt.product import MessageLog, Product
+from lcexport.engines.trt.layers import (
+    LOW,
+    Layer,
+    bytes_of,
+    dtype_of,
+    inputs_of,
+    layers_of,
+    outputs_of,
+    seen_as,
+)
+from lcexport.engines.trt.product import Product
 
 if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
 
-L = TypeVar("L", bound="TensorRT.ILayer")
-
 # Fused float16 attention sums its exponentials in float16, which ends at 65,504.
 MOST_FP16_KEYS = 60_000
-DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "BOOL": "bool",
-    "INT32": "int32",
-    "INT64": "int64",
-    "INT8": "int8",
-    "UINT8": "uint8",
-}
-ITEM_BYTES = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "bool": 1,
-    "int32": 4,
-    "int64": 8,
-    "int8": 1,
-    "uint8": 1,
-}
-LOW = frozenset({"float16", "bfloat16"})
-FLOATING = LOW | {"float32"}
 PRODUCTS = frozenset({"MATRIX_MULTIPLY", "CONVOLUTION", "EINSUM"})
 COUNTED = (
     "attentions",
@@ -122,72 +107,6 @@ class NetworkSummary(BaseModel):
     outputs: tuple[TensorRecord, ...]
 
 
-@dataclass(frozen=True)
-class Parsed:
-    """A parsed network. The parser owns the weights, so it is kept as long as the network."""
-
-    network: TensorRT.INetworkDefinition
-    parser: TensorRT.OnnxParser
-
-
-def parse_network(
-    product: Product,
-    builder: TensorRT.Builder,
-    logger: TensorRT.ILogger,
-    log: MessageLog,
-    graph: bytes,
-    path: Path,
-) -> Parsed:
-    """Parse `graph`; external data is looked for beside `path`, and mapped, not read.
-
-    Raises:
-        BuildError: TensorRT refuses the graph; names the node, the operator and the reason.
-    """
-    trt = product.trt
-    # Required in 10; the default, and ignored, in 11.
-    typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = builder.create_network(typed)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(graph, str(path.absolute())):
-        raise parser_error(product, parser, log, path)
-    if network.num_outputs == 0:  # the parser takes some files that are no graphs for empty ones
-        raise BuildError(f"{path} is not an ONNX graph: it has no outputs", do="Export it again.")
-    return Parsed(network, parser)
-
-
-def parser_error(
-    product: Product, parser: TensorRT.OnnxParser, log: MessageLog, path: Path
-) -> BuildError:
-    """What the parser says is wrong: the first error, and how many more there are."""
-    count = parser.num_errors
-    if count == 0:
-        reason = log.errors[-1] if log.errors else "no reason given"
-        return BuildError(f"{product} cannot parse {path}", got=reason, do="Export it again.")
-    first = parser.get_error(0)
-    stack = [*first.local_function_stack()]
-    where = f"node {first.node_name()!r} ({first.node_operator()})" if first.node_name() else "file"
-    inside = f" in {' in '.join(stack)}" if stack else ""
-    more = f" (and {count - 1} more)" if count > 1 else ""
-    # On a machine without a GPU, each error is followed by another about the missing driver.
-    lines = [line for line in first.desc().splitlines() if "catchCudaError" not in line]
-    return BuildError(
-        f"{product} cannot parse {path}: {where}{inside}",
-        got=f"{' '.join(lines).strip()}{more}",
-        do=parser_advice(first.desc()),
-    )
-
-
-def parser_advice(reason: str) -> str:
-    """What to do about a parser's refusal."""
-    if "Failed to import initializer" in reason or "external" in reason.lower():
-        return "Its weights file is missing, too short or unreadable: it must lie beside the graph."
-    if "Failed to parse the ONNX model" in reason:
-        return "The file is damaged or cut short: export it again."
-    if "same" in reason and "type" in reason:
-        return "Types are never mixed silently: the graph needs a Cast in front of this node."
-    return "The graph needs another form of this operation."
-
-
 def check_network(
     product: Product, network: TensorRT.INetworkDefinition, expectations: Expectations, path: Path
 ) -> NetworkSummary:
@@ -197,27 +116,6 @@ def check_network(
         BuildError: an attention, a norm, a product or a rounding is not what it must be.
     """
     return NetworkCheck(product, network, path).check(expectations)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer, with everything the checks ask of it."""
-
-    index: int
-    kind: str
-    raw: TensorRT.ILayer
-    place: str
-    inputs: tuple[TensorRT.ITensor, ...]
-    outputs: tuple[TensorRT.ITensor, ...]
-
-    def __str__(self) -> str:
-        return f"layer {self.index} {self.raw.name!r} ({self.kind}, {self.place})"
-
-    @property
-    def dtypes(self) -> set[str]:
-        """The floating types that go in or come out."""
-        found = {dtype_of(tensor) for tensor in (*self.inputs, *self.outputs)}
-        return found & FLOATING
 
 
 class NetworkCheck:
@@ -426,59 +324,3 @@ class NetworkCheck:
         raise BuildError(
             f"{self.path.name} as {self.product} reads it: {what}", got=got, wanted=wanted, do=do
         )
-
-
-def seen_as(kind: type[L], raw: TensorRT.ILayer) -> L:
-    """A layer as what it is: the bindings hand out each one as the base class."""
-    raw.__class__ = kind
-    return cast("L", raw)
-
-
-def layers_of(network: TensorRT.INetworkDefinition) -> Iterator[Layer]:
-    """The network's layers in order, each with the ONNX function call it came from."""
-    place = ""
-    for index in range(network.num_layers):
-        raw = network.get_layer(index)
-        # "[ONNX Layer: node_linear | blocks.0 (Block)]"; empty for what the parser adds itself.
-        place = raw.metadata.strip("[]").removeprefix("ONNX Layer: ") or place
-        inputs = (raw.get_input(i) for i in range(raw.num_inputs))
-        yield Layer(
-            index=index,
-            kind=raw.type.name,
-            raw=raw,
-            place=place,
-            inputs=tuple(tensor for tensor in inputs if tensor is not None),
-            outputs=tuple(raw.get_output(i) for i in range(raw.num_outputs)),
-        )
-
-
-def inputs_of(network: TensorRT.INetworkDefinition) -> Iterator[TensorRT.ITensor]:
-    return (network.get_input(index) for index in range(network.num_inputs))
-
-
-def outputs_of(network: TensorRT.INetworkDefinition) -> Iterator[TensorRT.ITensor]:
-    return (network.get_output(index) for index in range(network.num_outputs))
-
-
-def attention_kinds(network: TensorRT.INetworkDefinition) -> str:
-    """The attention layers' types and sizes, for an error that cannot say which one is meant."""
-    kinds: dict[str, list[str]] = {}
-    for layer in layers_of(network):
-        if layer.kind == "ATTENTION_INPUT":
-            query, key = layer.inputs[:2]
-            kind = f"{dtype_of(query)} {list(query.shape)} x {list(key.shape)}"
-            kinds.setdefault(kind, []).append(layer.raw.name)
-    return "; ".join(f"{names[0]} and alike ({len(names)}): {k}" for k, names in kinds.items())
-
-
-def dtype_of(tensor: TensorRT.ITensor) -> str:
-    """torch's name for a tensor's type; TensorRT's own for types torch has under another."""
-    name = str(tensor.dtype.name)
-    return DTYPES.get(name, name)
-
-
-def bytes_of(tensor: TensorRT.ITensor) -> int:
-    size = ITEM_BYTES.get(dtype_of(tensor), 1)
-    for extent in tensor.shape:
-        size *= extent
-    return size

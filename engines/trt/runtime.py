@@ -16,13 +16,13 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
-from lcexport.configs.errors import ResourceError, UsageError
+from lcexport.configs.errors import UsageError
 from lcexport.engines import TensorSpec
-from lcexport.engines.trt.memory import ALIGNMENT, Workspace, aligned, gib, place
+from lcexport.engines.trt.memory import ALIGNMENT, Workspace, aligned, place
 from lcexport.engines.trt.product import Product, shared_logger
 from lcexport.engines.trt.reader import (
     BuiltFor,
@@ -33,6 +33,7 @@ from lcexport.engines.trt.reader import (
     deserialize,
 )
 from lcexport.engines.trt.refit import overwrite, refit_from_weights
+from lcexport.engines.trt.run_options import RunOptions, set_weight_budget
 from lcexport.engines.trt.steps import (
     Call,
     Context,
@@ -46,30 +47,6 @@ from lcexport.engines.trt.steps import (
 
 if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How an engine is run.
-
-    Attributes:
-        weight_budget: bytes of streamable weights that may stay on the device, over all
-            plans; "auto" lets TensorRT choose, for one plan: see `set_weight_budget`; None keeps
-            them all there.
-        cuda_graph: record the work the second time the same tensors come, then replay it; while
-            it is recorded the host waits for the device.
-        weights: refit every plan from these before the first run; stripped plans need it.
-    """
-
-    weight_budget: int | Literal["auto"] | None = None
-    cuda_graph: bool = False
-    weights: Mapping[str, torch.Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.weight_budget, int) and self.weight_budget < 0:
-            raise UsageError("the weight budget is negative", got=self.weight_budget)
-        if self.cuda_graph and self.weight_budget is not None:
-            raise UsageError("a CUDA graph and weight streaming exclude each other")
 
 
 @dataclass(frozen=True)
@@ -328,39 +305,3 @@ class TrtEngine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def set_weight_budget(engines: Sequence[TensorRT.ICudaEngine], options: RunOptions) -> None:
-    """Share the budget out in proportion to the segments' weights.
-
-    What TensorRT chooses is an answer for one plan, from the memory that is free, as if the others
-    did not exist. The largest answer is therefore the budget of them all: never too much, and with
-    several plans less than there may be room for, which only a number of bytes can use.
-
-    Raises:
-        UsageError: the plans were built without weight streaming.
-        ResourceError: TensorRT did not take the budget.
-    """
-    if options.weight_budget is None:
-        return  # the default: everything stays on the device
-    sizes = [engine.streamable_weights_size for engine in engines]
-    if not sum(sizes):
-        raise UsageError(
-            "the plans cannot stream weights",
-            got=f"a weight budget of {options.weight_budget}",
-            do="Build them with weight streaming.",
-        )
-    total = options.weight_budget
-    if total == "auto":
-        total = max(engine.get_weight_streaming_automatic_budget() for engine in engines)
-    for engine, size in zip(engines, sizes, strict=True):
-        if not size:
-            continue
-        budget = min(size, total * size // sum(sizes))
-        engine.weight_streaming_budget_v2 = budget
-        if engine.weight_streaming_budget_v2 != budget:  # the setter does not say
-            raise ResourceError(
-                "TensorRT did not take the weight-streaming budget",
-                got=gib(engine.weight_streaming_budget_v2),
-                wanted=gib(budget),
-            )

@@ -19,6 +19,7 @@ from lcexport.configs.errors import (
     UsageError,
 )
 from lcexport.engines.trt import compile as compiling
+from lcexport.engines.trt import failures
 from lcexport.engines.trt.compile import (
     Progress,
     available_memory_bytes,
@@ -171,7 +172,7 @@ def test_the_builders_messages_become_errors(rtx, message, error, words):
     log = MessageLog()
     log.add("ERROR", message)
     no_network: Any = None
-    found = compiling.build_error(rtx, TrtOptions(), log, no_network, Path("dit.onnx"))
+    found = failures.build_error(rtx, TrtOptions(), log, no_network, Path("dit.onnx"))
     assert type(found) is error
     assert words in str(found)
 
@@ -199,13 +200,13 @@ ECHO = "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (cudaE
 def test_a_cuda_error_is_said_to_be_a_missing_gpu_only_where_one_is_missing(
     rtx: Product, monkeypatch: pytest.MonkeyPatch, name: ProductName, missing, wishes, error, words
 ):
-    monkeypatch.setattr(compiling, "missing_gpu", lambda: missing)
+    monkeypatch.setattr(failures, "missing_gpu", lambda: missing)
     log = MessageLog()
     for message in (CUDA_700, "and then something else", ECHO):
         log.add("ERROR", message)
     no_network: Any = None
     product = Product(name, rtx.trt, rtx.version)
-    found = compiling.build_error(product, TrtOptions(**wishes), log, no_network, Path("dit.onnx"))
+    found = failures.build_error(product, TrtOptions(**wishes), log, no_network, Path("dit.onnx"))
     assert type(found) is error
     assert re.search(words, str(found)), found
 
@@ -215,7 +216,7 @@ def test_a_missing_driver_is_not_the_reason_of_every_failure(rtx: Product):
     for message in ("Error Code 4: API Usage Error", ECHO):
         log.add("ERROR", message)
     no_network: Any = None
-    found = compiling.build_error(rtx, TrtOptions(), log, no_network, Path("dit.onnx"))
+    found = failures.build_error(rtx, TrtOptions(), log, no_network, Path("dit.onnx"))
     assert type(found) is BuildError
     assert "got Error Code 4: API Usage Error" in str(found)
 

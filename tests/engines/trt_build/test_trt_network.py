@@ -17,8 +17,8 @@ from lcexport.engines.trt.network import (
     Expectations,
     NetworkSummary,
     check_network,
-    parse_network,
 )
+from lcexport.engines.trt.parsing import parse_network
 from lcexport.engines.trt.product import MessageLog, Product, builder_for, logger_for
 from lcexport.graph import GraphSpec, onnx_from_dit, prove_precision, save_graph
 
