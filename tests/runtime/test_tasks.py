@@ -226,5 +226,5 @@ def test_a_refinement_of_something_else(pipe, shape, message):
 
 
 def test_a_task_the_bundle_lacks(pipe, clip):
-    with pytest.raises(UsageError, match=r"tiny.spatial-i2v.*--task spatial-i2v --add"):
+    with pytest.raises(UsageError, match=r"tiny.spatial-i2v.*--task spatial-i2v .*--add"):
         pipe.refine(clip, image=clip[0], spatial=True)
