@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lcexport.configs.tasks import Job, Task
+from lcexport.configs.tasks import Task
 from lcexport.engines.host import peak_rss_bytes
 from lcexport.runtime import CancelToken, Pipeline, StepEvent, load
 from lcexport.runtime.conditioning import Pixels
@@ -84,24 +84,17 @@ def request(pipe: Pipeline, task: Task, steps: int, on_step: OnStep | None) -> N
     """One video of `steps` steps, from prompt to frames."""
     job = pipe.graph(task).job
     shared: dict[str, Any] = {"seed": SEED, "steps": steps, "on_step": on_step}
+    before = pixels(job.cond_frames, job.height, job.width) if job.cond_frames else None
+    if before is not None and job.task.endswith("i2v"):
+        shared["image"], before = before[0], None
     if job.refinement:
-        # A threshold of 1 cuts nothing off the schedule.
         video = pixels(job.preset.frames, job.preset.height, job.preset.width)
-        pipe.refine(video, PROMPT, t_thresh=1.0, **start_of(job, refining=True), **shared)
+        spatial = job.task.startswith("spatial")
+        # A threshold of 1 cuts nothing off the schedule.
+        pipe.refine(video, PROMPT, cond_video=before, spatial=spatial, t_thresh=1.0, **shared)
     else:
-        pipe.generate(PROMPT, task=task, enhance_hf=False, **start_of(job), **shared)
-
-
-def start_of(job: Job, *, refining: bool = False) -> dict[str, Any]:
-    """Arguments for what a task starts from: an image, a video, or nothing."""
-    if job.task.endswith("i2v"):
-        return {"image": pixels(1, job.height, job.width)[0]}
-    if not job.cond_frames:
-        return {"spatial": job.task.startswith("spatial")} if refining else {}
-    video = pixels(job.cond_frames, job.height, job.width)
-    if refining:
-        return {"cond_video": video, "spatial": job.task.startswith("spatial")}
-    return {"video": video, "cache": job.task == "vc"}
+        cache = job.task != "vc-uncached"
+        pipe.generate(PROMPT, task=task, video=before, cache=cache, enhance_hf=False, **shared)
 
 
 def pixels(frames: int, height: int, width: int) -> Pixels:

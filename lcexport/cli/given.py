@@ -13,7 +13,7 @@ import torch
 
 from lcexport.configs.buckets import bucket
 from lcexport.configs.errors import UsageError
-from lcexport.configs.tasks import COND_FRAMES, Job, Task, build_words, task_from
+from lcexport.configs.tasks import Job, Task, build_words
 from lcexport.engines.bundle import Bundle, GraphRecord
 from lcexport.runtime.conditioning import Given, task_of
 from lcexport.runtime.media import (

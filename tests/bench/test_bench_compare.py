@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ OLD = {
 
 def changed(*path: str | int, to: object) -> dict:
     new = copy.deepcopy(OLD)
-    inner = new
+    inner: Any = new
     for name in path[:-1]:
         inner = inner[name]
     inner[path[-1]] = to

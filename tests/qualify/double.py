@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lcexport.engines.trt.backend as trt_backend
+from lcexport import machine
 from lcexport.engines.bundle import Bundle
 from lcexport.engines.trt.memory import Workspace
 from lcexport.engines.trt.product import Product, version_from
 from lcexport.engines.trt.runtime import TrtEngine
-from lcexport.qualify import environment, marked, run
+from lcexport.qualify import marked, run
 
 sys.path.append(str(Path(__file__).parents[1] / "engines" / "trt_runtime"))
 trt_plans = importlib.import_module("trt_plans")
@@ -44,7 +45,7 @@ def install(set_attribute: Callable[[object, str, object], None]) -> None:
     set_attribute(trt_backend, "open_engine", open_engine)
     set_attribute(trt_backend, "require", lambda backend, precision, device: None)
     set_attribute(run, "require_gpu", lambda backend, device: None)
-    set_attribute(environment, "open_product", product)
+    set_attribute(machine, "open_product", product)
     set_attribute(marked, "open_product", product)
     set_attribute(marked, "expected", lambda segment, bulk: None)  # a proof is of bf16 graphs
     set_attribute(marked, "compile_graph", compile_graph)

@@ -63,12 +63,12 @@ def test_frames_come_one_by_one_and_are_those_of_the_video(pipe):
 
 
 def test_decoding_can_be_cancelled_between_frames(pipe):
-    token, seen = CancelToken(), []
+    token = CancelToken()
+    frames = pipe.frames(torch.randn(16, 3, 8, 12), token)
+    assert len(next(frames)) == 1
+    token.cancel()
     with pytest.raises(Cancelled):
-        for frames in pipe.frames(torch.randn(16, 3, 8, 12), token):
-            seen.append(frames)
-            token.cancel()
-    assert len(seen) == 1
+        next(frames)
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 3, 8, 12), (3, 8, 12), (8, 3, 8, 12)])
