@@ -131,8 +131,9 @@ def open_engine(
     Args:
         like: an open engine of the same backend, bundle and device: what memory the two can share,
             they do, and must not run at the same time. ONNX Runtime shares none.
-        options: how the backend runs it; only TensorRT's have any: `weight_budget` (bytes of
-            streamed weights that may stay on the device, or "auto") and `cuda_graph`.
+        options: how the backend runs it: `cuda_graph`, of TensorRT's and of `onnxruntime` on CUDA,
+            and `weight_budget` (bytes of streamed weights that may stay on the device, or "auto")
+            of TensorRT's.
 
     Raises:
         UsageError: no such backend, or the bundle holds no such resolution.
@@ -142,7 +143,7 @@ def open_engine(
     module = import_module(backend_module(backend))
     if not options:
         return module.open_engine(backend, bundle, resolution, device, like)
-    if backend not in COMPILED:
+    if backend not in (*COMPILED, "onnxruntime"):
         raise UsageError(f"{backend} has no options of its own", got=", ".join(options))
     return module.open_engine(backend, bundle, resolution, device, like, options)
 

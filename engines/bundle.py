@@ -3,6 +3,7 @@
     manifest.json              this module's `Manifest`
     dit.safetensors            the DiT's weights, native names, one file for every resolution
     dit.<graph>.onnx           one graph per task and resolution; initialisers are ranges of it
+    dit.<graph>.ort.onnx       the same with ONNX Runtime's fused operations, for processors
     transformer/config.json    the DiT's configuration
     text_encoder/ tokenizer/ vae/ scheduler/   as in the checkpoint
     golden/<graph>.safetensors                 inputs and reference outputs for `verify`
@@ -77,9 +78,13 @@ class AddedRecord(Frozen):
 
 
 class GraphRecord(Frozen):
-    """One graph: what it computes, its file, and the proof that it keeps the precision."""
+    """One graph: what it computes, its file, and the proof that it keeps the precision.
+
+    `fused` is the same graph for ONNX Runtime on processors, which compute float32 alone.
+    """
 
     file: str
+    fused: str | None = None
     job: Job
     batch: int = Field(ge=1)
     inputs: tuple[TensorRecord, ...]

@@ -76,11 +76,22 @@ def options_of(provider: str, device: torch.device, stream: int) -> dict[str, st
 
 
 def configure(
-    session: ort.SessionOptions, provider: str, device: torch.device, stream: int
+    session: ort.SessionOptions,
+    provider: str,
+    device: torch.device,
+    stream: int,
+    *,
+    cuda_graph: bool = False,
 ) -> Providers | None:
     """Add what `provider` needs to the session's options; what InferenceSession is to be given."""
     options = options_of(provider, device, stream)
-    if provider != CPU:
+    if cuda_graph:
+        options["enable_cuda_graph"] = "1"
+    if provider == CPU:
+        # As torch, which runs the text encoder, the VAE and guidance: one setting for both, which
+        # OMP_NUM_THREADS and torch.set_num_threads have. ONNX Runtime itself takes every core.
+        session.intra_op_num_threads = torch.get_num_threads()
+    else:
         # An operation the provider lacks is an error, not a silent trip through the host.
         session.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if provider == TENSORRT_RTX:

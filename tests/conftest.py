@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,6 +24,7 @@ from lcexport.configs import preset_from
 from lcexport.demo import make_demo_checkpoint
 from lcexport.dit import Geometry
 from lcexport.graph import GraphSpec, onnx_from_dit, save_graph
+from lcexport.graph.fused import fused_graph
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -104,6 +106,20 @@ def make_graph(dit_folder: Path, make_weights: Callable[[str], Path]) -> Callabl
         masked = config.model_copy(update={"text_tokens_zero_pad": zero_pad})
         save_graph(onnx_from_dit(masked, spec, read_header(weights).tensors, "0"), path)
         return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fuse(dit_folder: Path) -> Callable[[Path], Path]:
+    """`fuse(graph)` writes a graph of the golden DiT as ONNX Runtime wants it on processors."""
+    heads = open_checkpoint(dit_folder).config.num_heads
+
+    @cache
+    def make(graph: Path) -> Path:
+        fused = graph.with_suffix(".ort.onnx")
+        save_graph(fused_graph(ir.load(graph), heads), fused)
+        return fused
 
     return make
 

@@ -43,7 +43,7 @@ class SizePlan:
     flops_per_step: int  # guidance runs the DiT twice; refinement has none, nor has a cache
     flops_saved: float  # the share that block-sparse attention leaves out; 0 where it is dense
     activation_bytes: int
-    attention_scores_bytes: int  # kept by an engine without fused attention; 0 elsewhere
+    attention_scores_bytes: int  # to masked text, in ONNX Runtime on processors; 0 elsewhere
     cache_bytes: int  # keys and values of clean frames
     vae_decode_bytes: int
 
@@ -137,10 +137,9 @@ def refuse_shortage(plan: Plan) -> None:
             "this machine's memory will not do for this build",
             got=f"{gigabytes(plan.memory_free_bytes)} available",
             wanted=gigabytes(plan.build_memory_bytes),
-            do="The reference outputs need the whole model in memory, and attention on a processor "
-            "keeps its scores. `--only export` writes weights and graphs in under 1 GB; a GPU "
-            "(--precision bf16 --device cuda) needs no scores. TensorRT plans are compiled in less "
-            "with more --segments, or with --weights shared.",
+            do="The reference outputs need the whole model in memory. `--only export` writes "
+            "weights and graphs in under 1 GB. TensorRT plans are compiled in less with more "
+            "--segments, or with --weights shared.",
         )
 
 
@@ -167,9 +166,9 @@ def size_plan(config: DiTConfig, job: Job, options: BuildOptions) -> SizePlan:
     element = ELEMENT_BYTES[options.precision]
     # Alive at once in the feed-forward: residual and its float32 copy, input, two hidden maps.
     width = config.hidden_size * (2 * element + 4) + 2 * config.ffn_hidden * element
-    unfused = "onnxruntime" in options.backends and options.device == "cpu" and not job.sparse
-    keys = job.tokens + job.cached_latents * job.frame_tokens
-    scores = options.batch * config.num_heads * job.tokens * keys * 4 if unfused else 0
+    on_cpu = "onnxruntime" in options.backends and options.device == "cpu"
+    masked = on_cpu and job.part == "denoise" and not config.text_tokens_zero_pad
+    scores = options.batch * config.num_heads * job.tokens * job.text_tokens * 4 if masked else 0
     # Two full-resolution frames of 96 channels in each of the decoder's last seven convolutions'
     # caches, and about as much again in flight, float32.
     decode = 2 * 7 * 2 * 96 * job.height * job.width * 4

@@ -19,6 +19,7 @@ from lcexport.builder.sparse_kernel import require_sparse_kernel
 from lcexport.builder.stages import (
     components_stage,
     engine_stage,
+    fused_name,
     golden_name,
     golden_stage,
     graph_name,
@@ -105,7 +106,7 @@ def preflight(
 
 def made_by(options: BuildOptions, jobs: Iterable[Job]) -> list[str]:
     """The files and folders that adding these graphs makes."""
-    names = [make(job) for job in jobs for make in (graph_name, golden_name)]
+    names = [make(job) for job in jobs for make in (graph_name, fused_name, golden_name)]
     made = (plans_folder, context_name) if options.ep_context else (plans_folder,)
     return names + [f(b, job.name) for b in options.compiled for job in jobs for f in made]
 

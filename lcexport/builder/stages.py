@@ -54,6 +54,7 @@ from lcexport.graph import (
     prove_precision,
     save_graph,
 )
+from lcexport.graph.fused import fused_graph
 from lcexport.graph.segments import depth_of
 from lcexport.lora import open_merge, shares_of
 
@@ -132,7 +133,10 @@ def open_added(folder: Path) -> Checkpoint:
 
 
 def graph_stage(job: Job, options: BuildOptions, folder: Path) -> StageOutput:
-    """Trace, assemble, save, read back, and prove the precision of what was read back."""
+    """Trace, assemble, save, read back, and prove the precision of what was read back.
+
+    In float32, also the graph as ONNX Runtime wants it on processors.
+    """
     config = DiTConfig.from_json(folder / DIT_CONFIG)
     _, frames, height, width = job.latent_shape
     clean, cached = job.num_cond_latents, job.cached_latents
@@ -156,9 +160,12 @@ def graph_stage(job: Job, options: BuildOptions, folder: Path) -> StageOutput:
         inputs=tuple(tensor_record(value) for value in saved.graph.inputs),
         outputs=tuple(tensor_record(value) for value in saved.graph.outputs),
         precision_proof=proof,
+        fused=fused_name(job) if spec.bulk == torch.float32 else None,
         added=added_record(options) if options.add else None,
     )
-    files = {path.name: file_record(path)}
+    if record.fused:
+        save_graph(fused_graph(saved, config.num_heads), folder / record.fused)
+    files = {name: file_record(folder / name) for name in (record.file, record.fused) if name}
     return StageOutput(files=files, facts={"graph": record.model_dump(mode="json")})
 
 
@@ -249,6 +256,10 @@ def tensor_record(value: ir.Value) -> TensorRecord:
 
 def graph_name(job: Job) -> str:
     return f"dit.{job.name}.onnx"
+
+
+def fused_name(job: Job) -> str:
+    return f"dit.{job.name}.ort.onnx"
 
 
 def golden_name(job: Job) -> str:

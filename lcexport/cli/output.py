@@ -32,8 +32,8 @@ OffloadOption = Annotated[
 EngineOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="How a TensorRT engine runs: weight_budget=BYTES or auto, cuda_graph=true; may be "
-        "repeated."
+        help="How an engine runs: cuda_graph=true (TensorRT; ONNX Runtime on CUDA), "
+        "weight_budget=BYTES or auto (TensorRT); may be repeated."
     ),
 ]
 KeepEnginesOption = Annotated[

@@ -25,6 +25,7 @@ from lcexport.compare import STEP_TOLERANCE, Difference, Tolerance, difference
 from lcexport.configs.errors import IncompatibleError
 from lcexport.dit import LongCatDiT
 from lcexport.engines.host import available_memory_bytes, release
+from lcexport.engines.ort import graph_file
 from lcexport.engines.trt.product import version_from
 from lcexport.golden import branch_inputs, golden_inputs
 from lcexport.qualify.claims import Check, Claim, Result, judged, untested
@@ -57,7 +58,11 @@ def bisect(subject: Subject) -> Iterator[Result]:
         yield untested(BISECT, why)
         return
     require_polygraphy()
-    model = ir.load(subject.bundle.path(subject.record.file))
+    record = subject.record
+    in_ort = subject.backend == "onnxruntime"
+    model = ir.load(
+        subject.bundle.path(graph_file(record, subject.device) if in_ort else record.file)
+    )
     names = mark_calls(model)
     tolerance = STEP_TOLERANCE[subject.bundle.manifest.precision]
     rows = compared(subject, model, names, tolerance)

@@ -20,6 +20,7 @@ from lcexport.dit.model import LongCatDiT
 from lcexport.dit.sparse import job_sparsity
 from lcexport.eager import dit_from_files, keys_values
 from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle
+from lcexport.engines.ort import graph_file
 from lcexport.graph.inference import nested_functions
 from lcexport.verify.report import Check, compared
 
@@ -37,7 +38,7 @@ def check_modules(bundle: Bundle, resolution: str, golden: dict[str, Tensor]) ->
         return
     dit = dit_from_files(bundle.path(DIT_CONFIG), bundle.path(WEIGHTS))
     record = bundle.graph(resolution)
-    graph = ir.load(bundle.path(record.file))
+    graph = ir.load(bundle.path(graph_file(record, "cpu")))
     nodes = list(graph.graph)
     weights = load_file(bundle.path(WEIGHTS))  # mapped; int8 ones as they are stored
     tolerance = STEP_TOLERANCE["fp32"]

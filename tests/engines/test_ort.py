@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageErro
 from lcexport.dit import load_dit
 from lcexport.engines import open_engine
 from lcexport.engines.bundle import Bundle, open_bundle
-from lcexport.engines.ort import OrtEngine
+from lcexport.engines.ort import RECORDED_SETS, OrtEngine, OrtOptions, graph_file
 from lcexport.golden import BRANCHES, read_golden, run_branch
 
 SIZE = "64x96x9"
@@ -62,6 +63,89 @@ def test_the_callers_own_buffer_is_filled_each_time(engine, inputs, output):
     inputs["hidden_states"].mul_(2)  # in place: the engine reads the same addresses again
     engine.run(inputs, {"velocity": output})
     assert not torch.equal(output, first)
+
+
+@pytest.fixture
+def bindings(monkeypatch) -> list[ort.IOBinding]:
+    """Every binding that is made from now on."""
+    made = []
+    make = ort.InferenceSession.io_binding
+
+    def io_binding(session):
+        made.append(make(session))
+        return made[-1]
+
+    monkeypatch.setattr(ort.InferenceSession, "io_binding", io_binding)
+    return made
+
+
+def test_tensors_are_bound_once_while_they_stay_where_they_are(engine, inputs, output, bindings):
+    for _ in range(3):
+        inputs["hidden_states"].normal_()
+        engine.run(dict(inputs), {"velocity": output})
+    assert len(bindings) == 1
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "encoder_attention_mask", "velocity"])
+def test_a_tensor_elsewhere_is_bound_anew(engine, inputs, output, bindings, name):
+    engine.run(inputs, {"velocity": output})
+    first = output.clone()
+    tensors = {**inputs, "velocity": output}
+    elsewhere = torch.zeros_like(tensors[name])
+    moved = {**tensors, name: elsewhere}
+    engine.run(moved, moved)
+    assert len(bindings) == 2
+    if name == "velocity":
+        assert torch.equal(elsewhere, first)
+        assert torch.equal(output, first)
+    else:
+        assert not torch.equal(output, first)
+        engine.run(inputs, {"velocity": output})
+        assert torch.equal(output, first)
+
+
+def test_each_set_of_tensors_has_a_recording_of_its_own(graph, inputs, output, monkeypatch):
+    """The options are those of CUDA; the processor's session does not look at them."""
+    ids = []
+    run = ort.InferenceSession.run_with_iobinding
+
+    def spy(session, binding, options):
+        ids.append(options.get_run_config_entry("gpu_graph_id"))
+        run(session, binding, options)
+
+    monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", spy)
+    outputs = [torch.empty_like(output) for _ in range(RECORDED_SETS + 1)]
+    with OrtEngine(graph) as engine:
+        engine.how = OrtOptions(cuda_graph=True)
+        for index in (0, 0, 1, 0, *range(2, RECORDED_SETS + 1), 1):
+            engine.run(inputs, {"velocity": outputs[index]})
+    assert ids == ["1", "1", "2", "1", "3", "4", "5", "6", "7", "8", "-1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"cuda_graph": "true"}, "cuda_graph is for .*got onnxruntime on cpu"),
+        ({"cuda_graph": "perhaps"}, "do not take the option cuda_graph.*got 'perhaps'"),
+        ({"threads": 2}, "the option threads.*wanted one of cuda_graph"),
+    ],
+)
+def test_options_that_do_not_fit(bundle, options, match):
+    with pytest.raises(UsageError, match=match):
+        open_engine("onnxruntime", bundle, SIZE, options=options)
+
+
+def test_a_processor_runs_the_graph_of_fused_operations(bundle):
+    record = bundle.graph(SIZE)
+    assert graph_file(record, "cpu") == f"dit.{SIZE}.ort.onnx"
+    assert graph_file(record, "cuda:1") == record.file == f"dit.{SIZE}.onnx"
+
+
+def test_a_bundle_without_that_graph_says_what_to_do(bundle):
+    record = bundle.graph(SIZE).model_copy(update={"fused": None})
+    manifest = bundle.manifest.model_copy(update={"graphs": {SIZE: record}})
+    with pytest.raises(IncompatibleError, match=r"no graph of 64x96x9 .*Rebuild the bundle"):
+        open_engine("onnxruntime", Bundle(bundle.folder, manifest), SIZE)
 
 
 def test_its_inputs_and_output(engine):

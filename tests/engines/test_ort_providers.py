@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 from types import SimpleNamespace
 
+import onnxruntime
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from lcexport.engines.ort_providers import (
     CUDA,
     TENSORRT,
     TENSORRT_RTX,
+    configure,
     missing_libraries,
     options_of,
     provider_of,
@@ -81,6 +83,22 @@ def test_cuda_keeps_float32_and_takes_no_more_memory_than_it_is_asked_for():
     options = options_of(CUDA, GPU, 4660)
     assert options["use_tf32"] == "0"
     assert options["arena_extend_strategy"] == "kSameAsRequested"
+
+
+def test_a_recorded_run_is_asked_for_where_it_is_wanted():
+    for wanted in (False, True):
+        ((name, options),) = configure(
+            onnxruntime.SessionOptions(), CUDA, GPU, 4660, cuda_graph=wanted
+        )
+        assert name == CUDA
+        assert options.get("enable_cuda_graph") == ("1" if wanted else None)
+
+
+def test_a_processor_gets_as_many_threads_as_torch_has(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    session = onnxruntime.SessionOptions()
+    configure(session, CPU, torch.device("cpu"), 0)
+    assert session.intra_op_num_threads == 5
 
 
 @pytest.mark.parametrize("provider", [CUDA, TENSORRT, TENSORRT_RTX])
@@ -228,14 +246,14 @@ def test_a_plan_is_hashed_before_onnx_runtime_sees_it(bundle, gpu, tmp_path, mon
 
 def test_a_provider_that_is_left_out_is_an_error(make_graph, monkeypatch):
     """As when a library of the provider's is missing: ONNX Runtime goes on with the processor."""
-    monkeypatch.setattr(ort, "configure", lambda *given: [(CPU, {})])
+    monkeypatch.setattr(ort, "configure", lambda *given, **more: [(CPU, {})])
     monkeypatch.setattr(ort, "provider_of", lambda *given: CUDA)
     with pytest.raises(IncompatibleError, match=f"left out .*got {CPU}; wanted {CUDA}"):
         ort.OrtEngine(make_graph())
 
 
 def test_nothing_is_printed_where_a_provider_is_refused(make_graph, monkeypatch, capfd):
-    monkeypatch.setattr(ort, "configure", lambda *given: [("NoSuchProvider", {})])
+    monkeypatch.setattr(ort, "configure", lambda *given, **more: [("NoSuchProvider", {})])
     with (
         pytest.warns(UserWarning, match="NoSuchProvider"),
         pytest.raises(IncompatibleError, match=r"cannot open .*NoSuchProvider"),

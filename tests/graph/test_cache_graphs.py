@@ -50,8 +50,11 @@ def make_graphs(dit_folder, make_weights):
     return make
 
 
-def test_the_originals_cache_and_what_comes_of_it(make_graphs, case):
-    maker, user = (ort.InferenceSession(path) for path in make_graphs("fp32"))
+@pytest.mark.parametrize("form", ["as exported", "fused"])
+def test_the_originals_cache_and_what_comes_of_it(make_graphs, fuse, case, form):
+    paths = make_graphs("fp32")
+    paths = map(fuse, paths) if form == "fused" else paths
+    maker, user = (ort.InferenceSession(path) for path in paths)
     clean = {"hidden_states": case["cond_latents"], "timestep": torch.zeros(1, 2)}
     names = [output.name for output in maker.get_outputs()]
     assert names == ["key.0", "value.0", "key.1", "value.1", "key.2", "value.2"]

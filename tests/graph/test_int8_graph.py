@@ -60,12 +60,14 @@ def eager(path: Path, dit_folder: Path) -> LongCatDiT:
     return dit_from_tensors(config, load_file(path.with_name("dit.safetensors")))
 
 
-def test_onnx_runtime_computes_what_eager_torch_does(int8_graphs, inputs, dit_folder):
+@pytest.mark.parametrize("form", ["as exported", "fused"])
+def test_onnx_runtime_computes_what_eager_torch_does(int8_graphs, inputs, dit_folder, fuse, form):
+    graph = fuse(int8_graphs["fp32"]) if form == "fused" else int8_graphs["fp32"]
     with torch.inference_mode():
         wanted = eager(int8_graphs["fp32"], dit_folder)(**inputs)
         floats = load_dit(dit_folder)(**inputs)
     got = torch.empty_like(wanted)
-    with OrtEngine(int8_graphs["fp32"]) as engine:
+    with OrtEngine(graph) as engine:
         engine.run(inputs, {"velocity": got})
     assert difference(got, wanted).relative_l2 < 2e-5
     assert difference(wanted, floats).relative_l2 > 1e-3  # the integers are what is computed with

@@ -1,4 +1,4 @@
-"""Graphs of the golden DiT compute what the original computes."""
+"""Graphs of the golden DiT compute what the original computes, as exported and fused."""
 
 import numpy as np
 import onnx
@@ -36,10 +36,16 @@ def run(graph, inputs: dict[str, Tensor]) -> Tensor:
     return output
 
 
+@pytest.fixture(params=["as exported", "fused"])
+def form(request, fuse):
+    """`form(graph)` is the graph itself, or the one of fused operations."""
+    return fuse if request.param == "fused" else lambda graph: graph
+
+
 @pytest.mark.parametrize(("zero_pad", "name"), [(True, "zero_pad"), (False, "compact")])
-def test_text_to_video(golden, make_graph, zero_pad, name):
+def test_text_to_video(golden, make_graph, form, zero_pad, name):
     case = golden("dit_tiny_t2v")
-    graph = make_graph(zero_pad=zero_pad)
+    graph = form(make_graph(zero_pad=zero_pad))
     got = run(graph, engine_inputs(case))
     torch.testing.assert_close(got, case[f"output_{name}"], rtol=0, atol=ATOL)
     ones = torch.ones(case["encoder_attention_mask"].shape, dtype=torch.bool)
@@ -54,9 +60,9 @@ def test_text_to_video(golden, make_graph, zero_pad, name):
         (True, "timestep_cond2", 2, "output_cond2_zero_pad"),
     ],
 )
-def test_conditioning_latents(golden, make_graph, zero_pad, timestep, cond, name):
+def test_conditioning_latents(golden, make_graph, form, zero_pad, timestep, cond, name):
     case = golden("dit_tiny_i2v")
-    graph = make_graph(zero_pad=zero_pad, frames=4, cond=cond)
+    graph = form(make_graph(zero_pad=zero_pad, frames=4, cond=cond))
     got = run(graph, engine_inputs(case, timestep))
     torch.testing.assert_close(got, case[name], rtol=0, atol=ATOL)
 

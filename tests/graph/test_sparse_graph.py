@@ -129,9 +129,11 @@ def graph_of(dit_folder, make_weights, bulk="fp32", cond=0, sparse=SMALL):
     return path
 
 
+@pytest.mark.parametrize("form", ["as exported", "fused"])
 @pytest.mark.parametrize("cond", [0, 2])
-def test_a_whole_sparse_dit(dit_folder, make_weights, cond):
+def test_a_whole_sparse_dit(dit_folder, make_weights, fuse, cond, form):
     path = graph_of(dit_folder, make_weights, cond=cond)
+    path = fuse(path) if form == "fused" else path
     dit = load_dit(dit_folder)
     latents = torch.randn(2, 16, 4, 8, 12)
     text = torch.randn(2, 1, 10, dit.config.caption_channels)
