@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -129,7 +129,7 @@ def tensors_for(engine: OrtEngine) -> tuple[dict[str, torch.Tensor], dict[str, t
     return inputs, {spec.name: torch.empty(spec.shape) for spec in engine.outputs}
 
 
-def speed(folder: Path, rounds: int) -> dict[str, object]:
+def speed(folder: Path, rounds: int) -> dict[str, Any]:
     """Medians of alternating passes, and what they are made of."""
     make_model(folder, SPEED)
     graphs = make_graphs(folder, SPEED, GRID)
@@ -235,18 +235,27 @@ def memory_table(folder: Path) -> list[dict[str, object]]:
 
 
 def peak_of_a_pass(graph: Path) -> dict[str, int]:
-    """Peak resident bytes of this process before and after one pass."""
+    """Resident bytes of this process before one pass, and at the most during it (Linux)."""
     with OrtEngine(graph) as engine:
         inputs, outputs = tensors_for(engine)
         for tensor in outputs.values():
             tensor.zero_()  # its pages are there before the pass
-        opened = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of opening it
+        opened = resident("VmRSS")
         start = time.perf_counter()
         engine.run(inputs, outputs)
         seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resident("VmHWM")
     assert np.isfinite(outputs["velocity"].numpy()).all()
     return {"opened_bytes": opened, "peak_bytes": peak, "milliseconds": round(1000 * seconds)}
+
+
+def resident(field: str) -> int:
+    """This process's resident bytes now, `VmRSS`, or at most, `VmHWM`."""
+    for line in Path("/proc/self/status").read_text("utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise KeyError(field)
 
 
 def is_linear(rows: list[dict[str, object]]) -> bool:

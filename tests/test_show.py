@@ -53,7 +53,7 @@ def test_a_plan_fits_80_columns(shown, demo_options):
     )
     lines = shown(show_plan, make_plan(open_source(options), options))
     assert max(len(line) for line in lines if str(demo_options.model) not in line) <= COLUMNS
-    assert any("attention scores on a processor, 480p-portrait" in line for line in lines)
+    assert any("one step's activations, 480p-portrait" in line for line in lines)
 
 
 def test_a_verification_fits_80_columns_and_no_number_is_cut(shown, demo_bundle):

@@ -33,7 +33,7 @@ def show_plan(plan: Plan) -> None:
         needs.add_row(f"one step's activations, {name}", amount(size.activation_bytes), "")
         if size.attention_scores_bytes:
             scores = amount(size.attention_scores_bytes)
-            needs.add_row(f"attention scores on a processor, {name}", scores, "")
+            needs.add_row(f"scores of masked text, {name}", scores, "")
         if size.cache_bytes:
             needs.add_row(f"key/value cache, {name}", amount(size.cache_bytes), "")
         needs.add_row(f"VAE decoding, {name}", amount(size.vae_decode_bytes), "")

@@ -65,6 +65,7 @@ def test_what_the_manifest_says(demo_bundle, demo_options):
     assert all(0 < stage.peak_rss_bytes < 2 * peak_rss_bytes() for stage in manifest.stages)
     graph = manifest.graphs[SIZE]
     assert (graph.file, graph.golden, graph.batch) == (GRAPH, GOLDEN, 1)
+    assert graph.fused == f"dit.{SIZE}.ort.onnx"
     assert graph.preset.latent_shape == (16, 3, 8, 12)
     assert graph.precision_proof["calls_of_block"] == DEPTH
     assert graph.precision_proof["products_bulk"] == 11 * DEPTH + 3
@@ -94,7 +95,8 @@ def test_an_added_resolution_adds_a_graph_and_its_golden_data_only(demo_bundle, 
     options = BuildOptions(output=folder, presets=(preset,), add=True)  # needs no checkpoint
     bundle = build(options)
     after = digests(folder)
-    assert set(after) - set(before) == {"dit.64x64x5.onnx", "golden/64x64x5.safetensors"}
+    graphs = {"dit.64x64x5.onnx", "dit.64x64x5.ort.onnx"}
+    assert set(after) - set(before) == graphs | {"golden/64x64x5.safetensors"}
     assert {name for name in before if after[name] != before[name]} == {MANIFEST}
     now = (folder / WEIGHTS).stat()
     assert (now.st_ino, now.st_mtime_ns) == (weights.st_ino, weights.st_mtime_ns)

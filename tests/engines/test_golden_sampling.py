@@ -29,12 +29,12 @@ def eager_engine(dit: LongCatDiT, batch: int) -> EagerEngine:
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
-def test_every_step_is_the_originals(golden, dit_folder, make_graph, backend, batch):
+def test_every_step_is_the_originals(golden, dit_folder, make_graph, fuse, backend, batch):
     case = golden("denoise_tiny")
     if backend == "eager":
         engine = eager_engine(load_dit(dit_folder), batch)
     else:
-        engine = OrtEngine(make_graph(batch=batch, text_tokens=12))
+        engine = OrtEngine(fuse(make_graph(batch=batch, text_tokens=12)))
     negative, positive = (
         Text(case["prompt_embeds_cat"][row : row + 1], case["attention_mask_cat"][row : row + 1])
         for row in (0, 1)
