@@ -40,15 +40,18 @@ BACKENDS = {
     "onnxruntime-tensorrt-rtx": "lcexport.engines.ort",
     "tensorrt": "lcexport.engines.trt.backend",
     "tensorrt-rtx": "lcexport.engines.trt.backend",
+    "aotinductor": "lcexport.engines.aoti",
     "eager": "lcexport.eager",
 }
 
-Compiled = Literal["tensorrt", "tensorrt-rtx"]
+TensorRT = Literal["tensorrt", "tensorrt-rtx"]
+TENSORRT: tuple[TensorRT, ...] = get_args(TensorRT)  # these run on GPUs alone
+Compiled = Literal["tensorrt", "tensorrt-rtx", "aotinductor"]
 COMPILED: tuple[Compiled, ...] = get_args(Compiled)  # these have plans to compile
 
 # ONNX Runtime runs a compiled backend's plans too, as the backend `onnxruntime-<compiled>`; with
 # this execution provider, by ONNX Runtime's name for it.
-PROVIDERS: dict[Compiled, str] = {
+PROVIDERS: dict[TensorRT, str] = {
     "tensorrt": "TensorrtExecutionProvider",
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
@@ -143,7 +146,7 @@ def open_engine(
     module = import_module(backend_module(backend))
     if not options:
         return module.open_engine(backend, bundle, resolution, device, like)
-    if backend not in (*COMPILED, "onnxruntime"):
+    if backend not in (*TENSORRT, "onnxruntime"):
         raise UsageError(f"{backend} has no options of its own", got=", ".join(options))
     return module.open_engine(backend, bundle, resolution, device, like, options)
 

@@ -22,7 +22,7 @@ import onnxruntime as ort
 import torch
 
 from lcexport.configs.errors import IncompatibleError, UsageError
-from lcexport.engines import PROVIDERS, Compiled
+from lcexport.engines import PROVIDERS, TensorRT
 from lcexport.engines.bundle import Bundle, EngineRecord, check_file
 from lcexport.engines.trt.backend import engine_record
 from lcexport.engines.trt.product import OFFERS, loads
@@ -49,7 +49,7 @@ def provider_of(backend: str, device: torch.device) -> str:
     return PROVIDERS[compiled_by(backend)]
 
 
-def compiled_by(backend: str) -> Compiled:
+def compiled_by(backend: str) -> TensorRT:
     """The backend whose plans `backend` runs; UsageError where it runs none."""
     for compiled in PROVIDERS:
         if backend == f"onnxruntime-{compiled}":

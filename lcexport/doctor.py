@@ -14,10 +14,11 @@ from typing import Literal, get_args
 import torch
 
 import lcexport
+from lcexport.builder.aoti import cxx
 from lcexport.builder.options import BUNDLES
 from lcexport.builder.plan import existing_parent
 from lcexport.configs.errors import LcexportError, UsageError
-from lcexport.engines import BACKENDS, COMPILED, backend_module, require_backend
+from lcexport.engines import BACKENDS, TENSORRT, backend_module, require_backend
 from lcexport.engines.bundle import Precision
 from lcexport.engines.host import available_memory_bytes, total_memory_bytes
 from lcexport.engines.trt.memory import driver_version, missing_gpu
@@ -128,7 +129,7 @@ def diagnose(backend: str | None = None, precision: str | None = None) -> Diagno
             "unknown precision", got=repr(precision), wanted=f"one of {', '.join(PRECISIONS)}"
         )
     products = tuple(
-        Product(name, installed_module(OFFERS[name]) is not None, probe(name)) for name in COMPILED
+        Product(name, installed_module(OFFERS[name]) is not None, probe(name)) for name in TENSORRT
     )
     states = {product.name: product.state for product in products}
     verdicts = tuple(
@@ -143,12 +144,12 @@ def diagnose(backend: str | None = None, precision: str | None = None) -> Diagno
 
 
 def devices(backend: str, action: Action) -> Iterator[str]:
-    """Where it makes sense to ask. A GPU that is not there is asked for by compiled engines only,
+    """Where it makes sense to ask. A GPU that is not there is asked for by TensorRT's engines only,
     which run nowhere else; the last device is the better one.
     """
-    if backend not in COMPILED or action == "build":
+    if backend not in TENSORRT or action == "build":
         yield "cpu"
-    if torch.cuda.is_available() or (backend in COMPILED and action == "run"):
+    if torch.cuda.is_available() or (backend in TENSORRT and action == "run"):
         yield "cuda"
 
 
@@ -160,6 +161,8 @@ def refusal(
         return product.error
     try:
         require_backend(backend, precision, device)
+        if (backend, action) == ("aotinductor", "build"):
+            cxx()
     except LcexportError as error:
         return advised(error)
     return product.error if product is not None and action == "build" else None

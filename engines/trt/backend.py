@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file
 
-from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
+from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.engines import Engine
 from lcexport.engines.bundle import WEIGHTS, Bundle, CallRecord, EngineRecord
 from lcexport.engines.trt.memory import CudaOps, Workspace, missing_gpu
@@ -16,8 +16,9 @@ from lcexport.engines.trt.options import bf16_targets
 from lcexport.engines.trt.product import Product, open_product
 from lcexport.engines.trt.reader import BuiltFor, Here, PlanFile, read_here
 from lcexport.engines.trt.rebuild import rebuild_command
-from lcexport.engines.trt.runtime import RunOptions, SharedWeights, TrtEngine, open_plans
+from lcexport.engines.trt.runtime import RunOptions, TrtEngine, open_plans
 from lcexport.engines.trt.steps import Call
+from lcexport.engines.weights import SharedWeights, shared_weights
 
 
 def require(backend: str, precision: str, device: torch.device) -> None:
@@ -123,12 +124,8 @@ def engine_from(
     record = engine_record(bundle, product.name, resolution)
     weights, options = SharedWeights(), options or RunOptions()
     if record.calls:
-        weights = shared_weights(bundle, workspace.ops.device, like)
-        wanted = {
-            call.prefix + w.name for call in record.calls for w in record.plans[call.plan].weights
-        }
-        if lacking := sorted(wanted - set(weights.tensors)):
-            raise IntegrityError("the weights file lacks weights of the engine", got=lacking[:5])
+        given = like.shared_weights if like else None
+        weights = shared_weights(bundle, record, workspace.ops.device, given)
     elif record.options["strip_plan"] or (bundle.manifest.baked and record.options["refit"]):
         # Others hold the bundle's weights; these hold none, or those from before the LoRAs.
         options = replace(options, weights=load_file(bundle.path(WEIGHTS)))
@@ -158,14 +155,6 @@ def call_from(record: EngineRecord, call: CallRecord) -> Call:
     """A call with the weights' names spelled out."""
     weights = (tensor.name for tensor in record.plans[call.plan].weights)
     return Call(call.plan, {**call.tensors, **{name: call.prefix + name for name in weights}})
-
-
-def shared_weights(bundle: Bundle, device: torch.device, like: TrtEngine | None) -> SharedWeights:
-    """The bundle's weights on the device: those of `like` where it has the same file's."""
-    source = bundle.manifest.files[WEIGHTS].sha256
-    if like is not None and like.shared_weights.source == source:
-        return like.shared_weights
-    return SharedWeights(load_file(bundle.path(WEIGHTS), device=str(device)), source)
 
 
 def engine_record(bundle: Bundle, backend: str, resolution: str) -> EngineRecord:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
@@ -123,6 +123,11 @@ def check_target(built: BuiltFor, here: Here, rebuild: str) -> None:
         ("GPU", gpu_fits(built, here), built.gpu, here.gpu),
         ("driver", driver_fits(built, here), built.driver, here.driver),
     ]
+    refuse_differences(pairs, rebuild)
+
+
+def refuse_differences(pairs: Sequence[tuple[str, bool, object, object]], rebuild: str) -> None:
+    """IncompatibleError that names every (field, fits, built for, found) which does not fit."""
     wrong = [(field, was, found) for field, fits, was, found in pairs if not fits]
     if wrong:
         raise IncompatibleError(

@@ -3,6 +3,7 @@
 import shlex
 
 from lcexport.configs.tasks import build_words
+from lcexport.engines import TENSORRT
 from lcexport.engines.bundle import EngineRecord, Manifest
 from lcexport.engines.trt.options import TrtOptions
 
@@ -18,6 +19,7 @@ def rebuild_command(
     compute_capability: str | None = None,
     *,
     wrapped_for: str | None = None,
+    device: str = "cuda",
 ) -> str:
     """What to type. CHECKPOINT and NEW are left for the reader, who knows the folders.
 
@@ -25,6 +27,7 @@ def rebuild_command(
         name: of the graph.
         compute_capability: of the GPU at hand, for plans that were compiled for others.
         wrapped_for: the backend of ONNX Runtime that is to run the plans.
+        device: what they are to run on.
     """
     record, graph = manifest.engines[product][name], manifest.graphs[name]
     wrapped = wrapped_for is not None or record.ep_context is not None
@@ -32,11 +35,12 @@ def rebuild_command(
     resolution, task = graph.preset.name, graph.job.task
     built = manifest.options_for(resolution, task)
     words = ["lcexport", "build", "--model", "CHECKPOINT", *build_words(resolution, task, built)]
-    words += ["--backend", backends, "--device", "cuda"]
+    words += ["--backend", backends, "--device", device]
     if built.get("only") == "compile":
         words += ["--only", "compile"]
-    words += plans_words(record, product, wrapped)
-    words += targets_words(record, compute_capability)
+    if product in TENSORRT:
+        words += plans_words(record, product, wrapped)
+        words += targets_words(record, compute_capability)
     words += ["--ep-context"] if wrapped else []
     return shlex.join([*words, "-o", "NEW"])
 

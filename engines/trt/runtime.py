@@ -44,20 +44,10 @@ from lcexport.engines.trt.steps import (
     step_from,
     wire,
 )
+from lcexport.engines.weights import SharedWeights
 
 if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
-
-
-@dataclass(frozen=True)
-class SharedWeights:
-    """Tensors on the device by the names of the bundle's weights file, for plans without their own.
-
-    `source` is that file's SHA-256: engines of one bundle use one set.
-    """
-
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    source: str = ""
 
 
 @dataclass

@@ -16,11 +16,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, NoReturn
 
 import lcexport
 from lcexport.configs import errors
@@ -37,7 +37,12 @@ COMMAND = (sys.executable, "-c", "from lcexport.engines.trt.worker import main; 
 POLL_SECONDS = 0.1
 SHOWN_MESSAGES = 3
 PLAN = "plan"
+ADVICE = (  # to one whose compiler was killed, or crashed
+    "Build in more segments, which need less memory each, or free some.",
+    "Try another optimization_level, or another version of TensorRT.",
+)
 FIELDS = ("what", "got", "wanted", "do")
+Answer = Callable[[str, object], None]  # (kind of line, its value)
 
 
 def compile_graph(
@@ -84,7 +89,8 @@ def compile_graph(
         plan = folder / PLAN
         request["output"] = str(plan)
         with child(stderr, gpu) as process:
-            report = converse(process, stderr, request, graph, on_progress, cancel)
+            answer = converse(process, stderr, request, graph, on_progress, cancel)
+        report = PlanReport.model_validate(answer)
         with resource_errors(output):
             publish(plan, output)
             sync_folder(output.parent)
@@ -103,13 +109,15 @@ def private_folder(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def child(stderr: IO[bytes], gpu: str | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """The compiling process; it does not outlive the block.
+def child(
+    stderr: IO[bytes], gpu: str | None = None, command: Sequence[str] = COMMAND
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The compiling process; neither it nor what it starts outlives the block.
 
     A session of its own keeps a terminal's Ctrl-C from it: the parent ends it in order.
     """
     process = subprocess.Popen(
-        COMMAND,
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
@@ -119,7 +127,8 @@ def child(stderr: IO[bytes], gpu: str | None = None) -> Iterator[subprocess.Pope
     try:
         yield process
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 try:
@@ -147,7 +156,8 @@ def converse(
     graph: bytes,
     on_progress: OnProgress | None,
     cancel: Cancel | None,
-) -> PlanReport:
+    advice: tuple[str, str] = ADVICE,
+) -> object:
     """Send the request, follow the child's lines, and return its report or raise its error."""
     lines = started_reader(process)
     send(process, request, graph)
@@ -160,10 +170,10 @@ def converse(
         except queue.Empty:
             continue
         if line is None:
-            raise crash_error(process.wait(), log, stderr)
+            raise crash_error(process.wait(), log, stderr, advice)
         kind, value = json.loads(line)
         if kind == "report":
-            return PlanReport.model_validate(value)
+            return value
         if kind == "error":
             raise error_from(value)
         if kind == "message":
@@ -200,7 +210,9 @@ def send(process: subprocess.Popen[bytes], request: dict[str, Any], graph: bytes
         return  # it died; its lines end, and its exit status says how
 
 
-def crash_error(status: int, log: MessageLog, stderr: IO[bytes]) -> LcexportError:
+def crash_error(
+    status: int, log: MessageLog, stderr: IO[bytes], advice: tuple[str, str] = ADVICE
+) -> LcexportError:
     """The error for a child that ended without a word."""
     stderr.seek(0)
     tail = stderr.read().decode(errors="replace").strip().splitlines()[-SHOWN_MESSAGES:]
@@ -210,13 +222,13 @@ def crash_error(status: int, log: MessageLog, stderr: IO[bytes]) -> LcexportErro
         return ResourceError(
             "the compiler was killed (SIGKILL), most likely because memory ran out",
             got=got,
-            do="Build in more segments, which need less memory each, or free some.",
+            do=advice[0],
         )
     if status < 0:
         return BuildError(
             f"the compiler crashed ({signal.Signals(-status).name})",
             got=got,
-            do="Try another optimization_level, or another version of TensorRT.",
+            do=advice[1],
         )
     return BuildError(f"the compiler ended with status {status}", got=got)
 
@@ -236,9 +248,36 @@ def error_from(value: dict[str, Any]) -> LcexportError:
 
 
 def main() -> None:
-    """The child: one request from standard input, lines of JSON to standard output."""
+    """The child that compiles a plan."""
+    serve(plan_report)
+
+
+def plan_report(request: dict[str, Any], graph: bytes, answer: Answer) -> object:
+    """Compile what the request asks for."""
+    log = MessageLog(lambda severity, message: answer("message", [severity, message]))
+    product = open_product(request["product"])
+    if request["kernel"] is not None:
+        register_plugin(product, Kernel(**request["kernel"]))
+    report = compile_plan(
+        product,
+        graph,
+        Path(request["graph_path"]),
+        TrtOptions.model_validate(request["options"]),
+        Path(request["output"]),
+        Expectations.model_validate(request["expectations"]),
+        on_progress=lambda fraction, phase: answer("progress", [fraction, phase]),
+        log=log,
+        check_memory=request["check_memory"],
+        refittable=request["refittable"],
+        cache_named=request["cache_named"],
+    )
+    return report.model_dump(mode="json")
+
+
+def serve(work: Callable[[dict[str, Any], bytes, Answer], object]) -> NoReturn:
+    """A child: one request from standard input, lines of JSON to standard output."""
     requests, answers = sys.stdin.buffer, private_stdout()
-    lock = threading.Lock()  # messages come from the builder's threads
+    lock = threading.Lock()  # messages come from a compiler's threads
 
     def answer(kind: str, value: object) -> None:
         with lock:
@@ -248,28 +287,12 @@ def main() -> None:
     request = json.loads(requests.readline())
     graph = requests.read(request["graph_bytes"])
     threading.Thread(target=end_with_parent, args=(requests,), daemon=True).start()
-    log = MessageLog(lambda severity, message: answer("message", [severity, message]))
     try:
-        product = open_product(request["product"])
-        if request["kernel"] is not None:
-            register_plugin(product, Kernel(**request["kernel"]))
-        report = compile_plan(
-            product,
-            graph,
-            Path(request["graph_path"]),
-            TrtOptions.model_validate(request["options"]),
-            Path(request["output"]),
-            Expectations.model_validate(request["expectations"]),
-            on_progress=lambda fraction, phase: answer("progress", [fraction, phase]),
-            log=log,
-            check_memory=request["check_memory"],
-            refittable=request["refittable"],
-            cache_named=request["cache_named"],
-        )
+        report = work(request, graph, answer)
     except LcexportError as error:
         answer("error", value_from(error))
     else:
-        answer("report", report.model_dump(mode="json"))
+        answer("report", report)
     os._exit(0)  # all is said: a fault of a library's own clean-up would only confuse
 
 

@@ -113,12 +113,14 @@ def segment_unit(place: str, segment: Segment) -> Unit:
     return Unit(segment.model, record, tuple(filter(is_island, segment.model.graph.initializers)))
 
 
-def part_units(place: str, parts: list[Part], calls: list[PartCall]) -> Iterator[Unit]:
+def part_units(
+    place: str, parts: list[Part], calls: list[PartCall], suffix: str = ".plan"
+) -> Iterator[Unit]:
     """The graph's functions, without weights."""
     for index, part in enumerate(parts):
         prefix = next(call.prefix for call in calls if call.part == index)
         record = PlanRecord(
-            file=f"{place}/{part.name.lower()}.plan",
+            file=f"{place}/{part.name.lower()}{suffix}",
             first_block=None,
             last_block=None,
             inputs=tensor_records(part.inputs),

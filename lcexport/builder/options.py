@@ -12,7 +12,7 @@ from lcexport.configs import PIXEL_MULTIPLE, Preset, preset_from
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import UsageError
 from lcexport.configs.tasks import COND_FRAMES, Job, Task, jobs_for, task_from
-from lcexport.engines import COMPILED, Compiled, backend_module
+from lcexport.engines import COMPILED, TENSORRT, Compiled, TensorRT, backend_module
 from lcexport.engines.bundle import Islands, Precision, WeightsDtype
 from lcexport.engines.trt.options import TrtOptions
 from lcexport.lora import LoraChoice, choice_from
@@ -95,21 +95,21 @@ class BuildOptions(BaseModel):
             if named := [name for name, value in said.items() if value]:
                 raise ValueError(f"plans with shared weights have no {', '.join(named)}")
         said = self.segments or self.weights != "inside" or trt != TrtOptions()
-        if said and not set(COMPILED) & set(self.backends):
+        if said and not set(TENSORRT) & set(self.backends):
             raise ValueError("segments, weights and TensorRT's options need a TensorRT backend")
 
     def _consistent_contexts(self) -> None:
         """EPContext models wrap plans, and what runs them needs both."""
         if self.ep_context and self.only == "export":
             raise ValueError("--ep-context wraps plans, and --only export compiles none")
-        if self.ep_context and not self.compiled:
+        if self.ep_context and not self.tensorrt:
             raise ValueError("--ep-context wraps plans: add --backend tensorrt or tensorrt-rtx")
-        if self.ep_context and "tensorrt" in self.compiled and self.segments != 1:
+        if self.ep_context and "tensorrt" in self.tensorrt and self.segments != 1:
             raise ValueError("ONNX Runtime's TensorRT provider runs one plan: add --segments 1")
         if self.ep_context and (self.trt.strip_plan or self.trt.version_compatible):
             raise ValueError("ONNX Runtime fills no stripped plan and runs no plan's own code")
-        for compiled in COMPILED:
-            wrapped = self.ep_context and compiled in self.compiled
+        for compiled in TENSORRT:
+            wrapped = self.ep_context and compiled in self.tensorrt
             if f"onnxruntime-{compiled}" in self.engines and not wrapped:
                 raise ValueError(
                     f"onnxruntime-{compiled} runs the plans of {compiled}: add --ep-context and "
@@ -152,16 +152,21 @@ class BuildOptions(BaseModel):
     def engines(self) -> tuple[str, ...]:
         """The backends that are run against eager torch: none without golden outputs.
 
-        A compiled engine is run only on the kind of machine it is for.
+        TensorRT's plans are run only on the kind of machine they are for.
         """
         if self.only != "all":
             return ()
-        return tuple(b for b in self.backends if b not in COMPILED or self.device != "cpu")
+        return tuple(b for b in self.backends if b not in TENSORRT or self.device != "cpu")
 
     @property
     def compiled(self) -> tuple[Compiled, ...]:
         """The backends that have plans to compile."""
         return () if self.only == "export" else tuple(b for b in COMPILED if b in self.backends)
+
+    @property
+    def tensorrt(self) -> tuple[TensorRT, ...]:
+        """Those of them that are TensorRT's."""
+        return tuple(b for b in TENSORRT if b in self.compiled)
 
     def effective(self) -> dict[str, object]:
         """What the manifest records: everything but where this machine keeps its folders."""

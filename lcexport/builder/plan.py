@@ -24,6 +24,8 @@ GRAPH_BYTES = 2 << 20  # one graph, generously: 0.6 MB were seen for 48 blocks
 EXPORT_BYTES = 800 << 20  # torch and the exporter themselves: 0.4 GB were seen
 CONVERT_BYTES = 700 << 20
 PLAN_CODE_BYTES = 8 << 20  # a plan without its weights; 3 MB were seen
+PACKAGE_BYTES = 8 << 20  # AOTInductor's, of one part; 2 MB were seen
+PACKAGE_BUILD_BYTES = 2 << 30  # torch and the C++ compiler: 1 GB was seen
 PARTS = 3  # functions of one graph
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -82,7 +84,9 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     disk += 0 if options.add else weights + sum(components.values())
     plans = plans_per_engine(config, options, weights)
     inside = weights if options.weights == "inside" else 0
-    disk += (inside + PLAN_CODE_BYTES * plans) * len(sizes) * len(options.compiled)
+    disk += (inside + PLAN_CODE_BYTES * plans) * len(sizes) * len(options.tensorrt)
+    packages = "aotinductor" in options.compiled
+    disk += PACKAGE_BYTES * PARTS * len(sizes) * packages
     disk += golden if options.only == "all" else 0
     if options.resume and (unfinished := staging_folder(options.output)).is_dir():
         disk = max(0, disk - tree_bytes(unfinished))  # what is there already was paid for
@@ -91,7 +95,9 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     if options.only == "all":
         # Eager torch, which makes the reference outputs, multiplies int8 weights out.
         memory = max(memory, EXPORT_BYTES + weights_bytes(config, options.precision) + largest)
-    if options.compiled:
+    if packages:
+        memory = max(memory, EXPORT_BYTES + PACKAGE_BUILD_BYTES)
+    if options.tensorrt:
         memory = max(memory, build_bytes(-(-inside // plans)))
     return Plan(
         model=str(checkpoint.folder),
@@ -115,7 +121,7 @@ def plans_per_engine(config: DiTConfig, options: BuildOptions, weights: int) -> 
     Raises:
         ResourceError: the memory does not hold the compilation of one block.
     """
-    if not options.compiled:
+    if not options.tensorrt:
         return 0
     if options.weights == "shared":
         return PARTS

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from lcexport.builder.aoti import compile_packages, require_packages
 from lcexport.builder.compile import (
     compile_engine,
     context_name,
@@ -170,7 +171,10 @@ def job_stages(
     record = GraphRecord.model_validate(graph.output.facts["graph"])
     manifest = grown(manifest, graph, record)
     for backend in options.compiled:
-        engine, plans = compile_engine(stage, folder, backend, record, options, report)
+        if backend == "aotinductor":
+            engine, plans = compile_packages(stage, folder, record, options)
+        else:
+            engine, plans = compile_engine(stage, folder, backend, record, options, report)
         for plan in plans:
             manifest = grown(manifest, plan, record)
         compiled = {**manifest.engines.get(backend, {}), name: engine}
@@ -241,10 +245,12 @@ def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:
         check_components(checkpoint, required=COMPONENTS if options.only == "all" else ())
     for backend in options.compiled + options.engines:
         require_backend(backend, options.precision, options.device)
-    for backend in options.compiled:
+    if "aotinductor" in options.compiled:
+        require_packages(options.jobs(checkpoint.config))
+    for backend in options.tensorrt:
         require_compiler(backend, options)
         require_sparse_kernel(backend, options, options.jobs(checkpoint.config))
-    if options.compiled:
+    if options.tensorrt:
         require_segments(options.segments or 1, checkpoint.config.depth)
 
 
@@ -259,7 +265,7 @@ def addable_bundle(options: BuildOptions, jobs: Iterable[Job]) -> Manifest:
                 got=getattr(options, field),
                 wanted=getattr(manifest, field),
             )
-    if manifest.baked and options.compiled and options.weights == "inside":
+    if manifest.baked and options.tensorrt and options.weights == "inside":
         raise UsageError(
             f"LoRAs are baked into {options.output}, and plans with weights inside would keep them",
             do="`lcexport lora remove` first, or --weights shared.",

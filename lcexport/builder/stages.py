@@ -27,8 +27,6 @@ from lcexport.compare import STEP_TOLERANCE, difference
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import BuildError
 from lcexport.configs.tasks import Job
-from lcexport.dit import Geometry
-from lcexport.dit.sparse import job_sparsity
 from lcexport.eager import DitEngine, dit_from_files
 from lcexport.engines import Engine, backend_module, open_engine
 from lcexport.engines.bundle import (
@@ -58,7 +56,6 @@ from lcexport.graph.fused import fused_graph
 from lcexport.graph.segments import depth_of
 from lcexport.lora import open_merge, shares_of
 
-BULK = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Progress = Callable[[int, int], None]
 
 
@@ -138,11 +135,7 @@ def graph_stage(job: Job, options: BuildOptions, folder: Path) -> StageOutput:
     In float32, also the graph as ONNX Runtime wants it on processors.
     """
     config = DiTConfig.from_json(folder / DIT_CONFIG)
-    _, frames, height, width = job.latent_shape
-    clean, cached = job.num_cond_latents, job.cached_latents
-    sparse = job_sparsity(config, job)
-    geometry = Geometry(options.batch, frames, height // 2, width // 2, clean, cached, sparse)
-    spec = GraphSpec(geometry, job.text_tokens, BULK[options.precision])
+    spec = GraphSpec.from_job(config, job, options.batch, options.precision)
     assemble = onnx_from_cache if job.part == "cache" else onnx_from_dit
     model = assemble(config, spec, weights_in(folder), version("lcexport"))
     path = folder / graph_name(job)

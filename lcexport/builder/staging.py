@@ -34,7 +34,7 @@ from lcexport.engines.folders import FolderLock
 from lcexport.engines.host import peak_rss_bytes, reset_peak_rss
 
 JOURNAL = ".journal.json"
-COMPILING = "engines/*/*/.*.plan.*"  # where a compiler wrote when its parent was killed
+COMPILING = "engines/*/*/.*"  # where a compiler wrote when its parent was killed
 
 
 class StageOutput(BaseModel):

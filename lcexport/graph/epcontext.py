@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 import onnx_ir as ir
 
 from lcexport.configs.errors import BuildError, UsageError
-from lcexport.engines import PROVIDERS, Compiled
+from lcexport.engines import PROVIDERS, TensorRT
 from lcexport.engines.bundle import EngineRecord, GraphRecord, PlanRecord, TensorRecord
 from lcexport.graph.assemble import IR_VERSION
 from lcexport.graph.trace import OPSET
@@ -27,7 +27,7 @@ DTYPES = {
 
 
 def wrap_plans(
-    backend: Compiled, engine: EngineRecord, graph: GraphRecord, producer_version: str
+    backend: TensorRT, engine: EngineRecord, graph: GraphRecord, producer_version: str
 ) -> ir.Model:
     """A model with the graph's inputs and outputs and one EPContext node per plan.
 
@@ -68,7 +68,7 @@ def wrap_plans(
 
 def plan_node(
     name: str,
-    backend: Compiled,
+    backend: TensorRT,
     engine: EngineRecord,
     plan: PlanRecord,
     graph_file: str,

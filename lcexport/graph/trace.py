@@ -8,7 +8,8 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Self
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lcexport.configs.dit import DiTConfig
+from lcexport.configs.tasks import Job
 from lcexport.dit.layers import Geometry
+from lcexport.dit.sparse import job_sparsity
+from lcexport.engines.bundle import Precision
 from lcexport.graph.modules import (
     BlockPart,
     CacheBlockPart,
@@ -34,6 +38,7 @@ from lcexport.graph.sparse import translation_table
 
 OPSET = 23  # the first with Attention; 26 and later are refused by TensorRT's parser
 DOMAIN = "lcexport"
+BULK: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CACHED = ("cached_key", "cached_value")
 
 
@@ -44,6 +49,15 @@ class GraphSpec:
     geometry: Geometry
     text_tokens: int
     bulk: torch.dtype
+
+    @classmethod
+    def from_job(cls, config: DiTConfig, job: Job, batch: int, precision: Precision) -> Self:
+        """What a job's graph depends on."""
+        _, frames, height, width = job.latent_shape
+        clean, cached = job.num_cond_latents, job.cached_latents
+        sparse = job_sparsity(config, job)
+        geometry = Geometry(batch, frames, height // 2, width // 2, clean, cached, sparse)
+        return cls(geometry, job.text_tokens, BULK[precision])
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -62,40 +76,79 @@ class Part:
     outputs: tuple[ir.Value, ...]
 
 
-def trace_cache_parts(config: DiTConfig, spec: GraphSpec) -> tuple[Part, Part, Part]:
-    """Trace the graph that makes a cache: embed, one block, and the last block."""
+@dataclass(frozen=True)
+class Untraced:
+    """A part's module on fake parameters, its fake inputs, and what its trace is to be called.
+
+    Attributes:
+        prefix: what the module's path puts in front of a function's parameter names.
+        tables: the part's buffers, which are real.
+    """
+
+    name: str
+    module: nn.Module
+    prefix: str
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
+    tables: dict[str, Tensor] = field(default_factory=dict)
+
+
+Three = tuple[Untraced, Untraced, Untraced]
+
+
+def untraced_cache_parts(
+    config: DiTConfig, spec: GraphSpec, mode: FakeTensorMode, device: str = "cpu"
+) -> Three:
+    """The graph that makes a cache: embed, one block, and the last block."""
     geometry = spec.geometry
-    tables = embed_tables(config, geometry)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
+    tables = {name: table.to(device) for name, table in embed_tables(config, geometry).items()}
+    with mode, torch.device(device):
         dit = fake_dit(config, spec.bulk)
         inputs, tokens = fake_inputs(config, spec)
     inputs = {name: inputs[name] for name in ("hidden_states", "timestep")}
     tokens = {name: tokens[name] for name in ("x", "time", "cos", "sin")}
     last = {name: tokens[name] for name in ("x", "time")}
-    embed_part = CacheEmbedPart(embedders(dit, ("patch_embed", "time_embedder")), tables)
-    embed = trace("CacheEmbed", embed_part, "dit.", inputs, tuple(tokens), mode, tables)
+    embed = CacheEmbedPart(embedders(dit, ("patch_embed", "time_embedder")), tables)
     outputs = ("x_next", "key", "value")
-    block = trace("CacheBlock", CacheBlockPart(dit, geometry), "block.", tokens, outputs, mode)
-    last_part = CacheLastPart(dit, geometry)
-    return embed, block, trace("CacheLast", last_part, "block.", last, outputs[1:], mode)
+    block, last_block = CacheBlockPart(dit, geometry), CacheLastPart(dit, geometry)
+    return (
+        Untraced("CacheEmbed", embed, "dit.", inputs, tuple(tokens), tables),
+        Untraced("CacheBlock", block, "block.", tokens, outputs),
+        Untraced("CacheLast", last_block, "block.", last, outputs[1:]),
+    )
 
 
-def trace_parts(config: DiTConfig, spec: GraphSpec) -> tuple[Part, Part, Part]:
-    """Trace embed, one block, and the final layer at the sizes of `spec`."""
+def untraced_parts(
+    config: DiTConfig, spec: GraphSpec, mode: FakeTensorMode, device: str = "cpu"
+) -> Three:
+    """Embed, one block, and the final layer at the sizes of `spec`."""
     geometry = spec.geometry
-    tables = embed_tables(config, geometry)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
+    tables = {name: table.to(device) for name, table in embed_tables(config, geometry).items()}
+    with mode, torch.device(device):
         dit = fake_dit(config, spec.bulk)
         inputs, tokens = fake_inputs(config, spec)
     last = {name: tokens[name] for name in ("x", "time")}
     made = tuple(name for name in tokens if name not in CACHED)
-    embed = trace("Embed", EmbedPart(embedders(dit), tables), "dit.", inputs, made, mode, tables)
-    block = trace("Block", BlockPart(dit, geometry), "block.", tokens, ("x_next",), mode)
-    final_part = FinalPart(dit, geometry)
-    final = trace("Final", final_part, "final_layer.", last, ("velocity",), mode)
-    return embed, block, final
+    embed, block = EmbedPart(embedders(dit), tables), BlockPart(dit, geometry)
+    return (
+        Untraced("Embed", embed, "dit.", inputs, made, tables),
+        Untraced("Block", block, "block.", tokens, ("x_next",)),
+        Untraced("Final", FinalPart(dit, geometry), "final_layer.", last, ("velocity",)),
+    )
+
+
+def trace_cache_parts(config: DiTConfig, spec: GraphSpec) -> tuple[Part, Part, Part]:
+    """Trace the graph that makes a cache."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    embed, block, last = untraced_cache_parts(config, spec, mode)
+    return trace(embed, mode), trace(block, mode), trace(last, mode)
+
+
+def trace_parts(config: DiTConfig, spec: GraphSpec) -> tuple[Part, Part, Part]:
+    """Trace embed, one block, and the final layer at the sizes of `spec`."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    embed, block, final = untraced_parts(config, spec, mode)
+    return trace(embed, mode), trace(block, mode), trace(final, mode)
 
 
 def fake_inputs(config: DiTConfig, spec: GraphSpec) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -125,33 +178,23 @@ def fake_inputs(config: DiTConfig, spec: GraphSpec) -> tuple[dict[str, Tensor], 
     return inputs, between
 
 
-def trace(
-    name: str,
-    module: nn.Module,
-    prefix: str,
-    inputs: dict[str, Tensor],
-    outputs: tuple[str, ...],
-    mode: FakeTensorMode,
-    tables: dict[str, Tensor] | None = None,
-) -> Part:
+def trace(part: Untraced, mode: FakeTensorMode) -> Part:
     """torch.export, ONNX, and the clean-up passes for one part.
 
-    Args:
-        prefix: what the part's module path puts in front of a function's parameter names.
-        tables: the part's buffers; the optimiser must not fold them any more than weights,
-            because the RoPE tables of a whole grid are a hundred times those of its axes.
+    The optimiser must not fold the tables any more than the weights, because the RoPE tables of a
+    whole grid are a hundred times those of its axes.
     """
-    tables = tables or {}
+    module, tables = part.module, part.tables
     with mode, quiet_exporter():
-        exported = torch.export.export(module, tuple(inputs.values()), strict=False)
+        exported = torch.export.export(module, tuple(part.inputs.values()), strict=False)
         program = torch.onnx.export(
             exported,
             dynamo=True,
             opset_version=OPSET,
             optimize=False,
             verbose=False,
-            input_names=list(inputs),
-            output_names=list(outputs),
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
             custom_translation_table=translation_table(),
         )
     assert program is not None, "torch.onnx.export returns a program when given no file"
@@ -161,12 +204,12 @@ def trace(
     onnxscript.optimizer.optimize_ir(model)
     InputsToConstants(tables)(model)
     for value in model.graph.inputs:
-        value.name = str(value.name).removeprefix(prefix)
+        value.name = str(value.name).removeprefix(part.prefix)
     clean_function(model)
     return Part(
-        function=ir.Function(DOMAIN, name, graph=model.graph, attributes=[]),
-        activations=tuple(inputs),
-        parameters=tuple(parameter.removeprefix(prefix) for parameter in parameters),
+        function=ir.Function(DOMAIN, part.name, graph=model.graph, attributes=[]),
+        activations=tuple(part.inputs),
+        parameters=tuple(parameter.removeprefix(part.prefix) for parameter in parameters),
         outputs=tuple(model.graph.outputs),
     )
 

@@ -13,7 +13,7 @@ from lcexport.builder import build, options_from
 from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.configs.tasks import build_words, task_in
 from lcexport.doctor import advised
-from lcexport.engines import COMPILED, require_backend
+from lcexport.engines import COMPILED, TENSORRT, require_backend
 from lcexport.engines.bundle import Bundle, read_manifest
 from lcexport.engines.files import refuse_existing, resource_errors, write_bytes
 from lcexport.engines.host import release
@@ -156,8 +156,8 @@ def build_command(bundle: Bundle, backend: str, name: str, device: str, model: s
 
 
 def require_gpu(backend: str, device: str) -> None:
-    """Compiled engines run on GPUs only; on a processor each claim about one would be refuted."""
-    if backend in COMPILED and torch.device(device).type == "cpu":
+    """TensorRT's engines run on GPUs only; on a processor each claim about one would be refuted."""
+    if backend in TENSORRT and torch.device(device).type == "cpu":
         raise IncompatibleError(
             f"{backend} engines run on NVIDIA GPUs",
             got=f"device {device}",

@@ -86,7 +86,7 @@ def engines_table(engines: Mapping[str, Mapping[str, EngineRecord]]) -> Table:
                 backend,
                 resolution,
                 f"{engine.product} {engine.version}",
-                engine.gpu or ", ".join(engine.compute_capabilities) or "all its targets",
+                built_for(engine),
                 str(len(engine.plans)),
                 str(attentions_of(engine)),
                 Text("verified", "green") if engine.verified else Text("not run", "yellow"),
@@ -94,12 +94,20 @@ def engines_table(engines: Mapping[str, Mapping[str, EngineRecord]]) -> Table:
     return rows
 
 
+def built_for(engine: EngineRecord) -> str:
+    """The GPU, the GPUs, or the processors that an engine is for."""
+    if engine.options.get("device") == "cpu":
+        return f"{engine.platform} processors"
+    return engine.gpu or ", ".join(engine.compute_capabilities) or "all its targets"
+
+
 def how_compiled(engine: EngineRecord) -> str:
     """Where its weights are, and the options that say something; its targets are in the table."""
     words = [f"weights {'shared' if engine.calls else 'inside'}"]
     for name, value in engine.options.items():
         if name != "compute_capabilities" and value is not None and value is not False:
-            words.append(f"{name}={value}")
+            said = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+            words.append(f"{name}={said}")
     return ", ".join(words)
 
 

@@ -13,9 +13,9 @@ from lcexport.builder import BuildOptions, build
 from lcexport.compare import STEP_TOLERANCE, difference
 from lcexport.configs import preset_from
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
+from lcexport.engines import weights as weights_module
 from lcexport.engines.bundle import Bundle, FileRecord, read_manifest
 from lcexport.engines.ort import OrtEngine
-from lcexport.engines.trt import backend
 from lcexport.engines.trt.backend import engine_from, run_options
 from lcexport.engines.trt.memory import Workspace
 from lcexport.engines.trt.runtime import RunOptions
@@ -100,7 +100,7 @@ def test_two_size_bundle_use_one_set_of_weights_and_one_workspace(bundle, open_s
 def test_a_weight_that_the_file_lacks_is_said_on_opening(bundle, open_size, monkeypatch):
     few = load_file(bundle.path("dit.safetensors"))
     del few["blocks.1.ffn.w1.weight"]
-    monkeypatch.setattr(backend, "load_file", lambda path, device: few)
+    monkeypatch.setattr(weights_module, "load_file", lambda path, device: few)
     with pytest.raises(IntegrityError, match=r"lacks weights of the engine.*blocks\.1\.ffn\.w1"):
         open_size()
 

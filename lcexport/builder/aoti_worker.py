@@ -1,0 +1,88 @@
+"""One part compiled by AOTInductor, in the process that `lcexport.builder.aoti` started for it.
+
+Inductor keeps what it generates and compiles in caches, which lie in the request's folder and go
+with it.
+"""
+
+import os
+import resource
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcexport.configs.dit import DiTConfig
+from lcexport.configs.errors import BuildError
+from lcexport.configs.tasks import Job
+from lcexport.engines.host import peak_rss_bytes
+from lcexport.engines.trt.worker import Answer, serve
+from lcexport.graph.programs import export_program
+from lcexport.graph.trace import GraphSpec
+
+SETTINGS: dict[str, Any] = {
+    # Values pass through bfloat16 where the model says so, in a fused kernel as well: what is
+    # rounded there is rounded in eager torch, such as the timestep.
+    "emulate_precision_casts": True,
+    # Without, a package uses as many threads as the machine that compiled it.
+    "cpp.dynamic_threads": True,
+    # The processor says what it has; the compiler need not be tried out beforehand.
+    "cpp.vec_isa_ok": True,
+}
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+SHOWN_ERRORS = 2
+
+
+def compile_package(request: dict[str, Any], _: bytes, __: Answer) -> object:
+    """What the request asks for; its package, its attentions, and the memory it took."""
+    folder = Path(request["folder"])
+    use_folder(folder)
+    config = DiTConfig.model_validate(request["config"])
+    job = Job.model_validate(request["job"])
+    spec = GraphSpec.from_job(config, job, request["batch"], request["precision"])
+    part, weights, device = request["part"], request["weights"], request["device"]
+    program = export_program(config, spec, part, weights, device)
+    package = folder / "package.pt2"
+    try:
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(package), inductor_configs=dict(SETTINGS)
+        )
+    except Exception as error:  # Inductor's have no common base
+        raise BuildError(
+            f"AOTInductor cannot compile {part}", got=said(error),
+            do="Try another version of torch or of the C++ compiler.",
+        ) from error  # fmt: skip
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return {
+        "package": str(package),
+        "attentions": sum(node.target is ATTENTION for node in program.graph.nodes),
+        "peak_rss_bytes": max(peak_rss_bytes(), children),
+    }
+
+
+def use_folder(folder: Path) -> None:
+    """Everything that torch, Triton and the C++ compiler leave goes there."""
+    for variable, name in (
+        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+        ("TRITON_CACHE_DIR", "triton"),
+        ("TMPDIR", "temporary"),
+    ):
+        (folder / name).mkdir()
+        os.environ[variable] = str(folder / name)
+    tempfile.tempdir = None  # asked anew: it was read when something was imported
+
+
+def said(error: Exception) -> str:
+    """The compiler's own errors, or the first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line.lower()]
+    return " | ".join((errors or lines[:1] or [type(error).__name__])[:SHOWN_ERRORS])
+
+
+def main() -> None:
+    """The child."""
+    serve(compile_package)
+
+
+if __name__ == "__main__":
+    main()
