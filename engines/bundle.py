@@ -236,9 +236,11 @@ class Manifest(Frozen):
     def default_backend(self) -> str:
         """The first engine the bundle was built with; UsageError where it has none."""
         if not self.backends and self.engines:
+            backend, engines = next(iter(self.engines.items()))
+            device = next(iter(engines.values())).options.get("device", "cuda")
             raise UsageError(
                 "the bundle's engines were compiled and not run where it was built",
-                do=f"Name one: --backend {next(iter(self.engines))} --device cuda.",
+                do=f"Name one: --backend {backend} --device {device}.",
             )
         if not self.backends:
             raise UsageError(

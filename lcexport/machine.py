@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lcexport.engines import COMPILED
+from lcexport.engines import TENSORRT
 from lcexport.engines.trt.memory import driver_version
 from lcexport.engines.trt.product import open_product
 
@@ -27,7 +27,7 @@ def environment(device: torch.device, backends: Iterable[str]) -> dict[str, obje
         **packages(),
     }
     for backend in backends:
-        if backend in COMPILED:
+        if backend in TENSORRT:
             product = open_product(backend)
             found[product.name] = str(product.trt.__version__)
     if device.type == "cuda":

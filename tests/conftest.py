@@ -5,7 +5,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +19,8 @@ from safetensors.torch import load_file
 
 import lcexport.builder
 from lcexport import cli
-from lcexport.builder import BuildOptions, build
+from lcexport.builder import BuildOptions, aoti, aoti_worker, build
+from lcexport.builder.aoti_worker import compile_package
 from lcexport.checkpoint import open_checkpoint, read_header, write_native
 from lcexport.cli.app import app
 from lcexport.configs import preset_from
@@ -169,6 +172,29 @@ def long_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     )
     build(options)
     return options.output
+
+
+@pytest.fixture(scope="session")
+def build_packages(tmp_path_factory: pytest.TempPathFactory) -> Callable[[BuildOptions], Path]:
+    """`build_packages(options)` is `build`, with AOTInductor in this process and its caches kept.
+
+    A package then takes seconds: its headers are compiled once, and what two graphs have in common.
+    """
+    caches = tmp_path_factory.mktemp("inductor")
+
+    def make(options: BuildOptions) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(aoti, "child", lambda *_: nullcontext())
+            patch.setattr(aoti, "converse", lambda *a: compile_package(a[2], b"", lambda *_: None))
+            patch.setattr(aoti_worker, "use_folder", lambda folder: None)
+            patch.setitem(aoti_worker.SETTINGS, "aot_inductor.precompile_headers", True)
+            patch.setitem(aoti_worker.SETTINGS, "aot_inductor.compile_wrapper_opt_level", "O0")
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(caches))
+            patch.setattr(tempfile, "tempdir", str(caches))
+            build(options)
+        return options.output
+
+    return make
 
 
 @pytest.fixture

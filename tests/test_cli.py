@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lcexport.engines import BACKENDS, COMPILED
+from lcexport.engines import BACKENDS, TENSORRT
 from lcexport.engines.trt.probe import ProductState
 from lcexport.runtime import Video
 
@@ -97,7 +97,7 @@ def test_the_doctors_document(run):
     document = json.loads(out)
     assert code == 0
     assert document["schema_version"] == 1
-    assert [product["name"] for product in document["products"]] == list(COMPILED)
+    assert [product["name"] for product in document["products"]] == list(TENSORRT)
     (verdict,) = (
         v for v in document["verdicts"]
         if (v["backend"], v["precision"], v["action"]) == ("tensorrt", "fp32", "build")

@@ -12,7 +12,7 @@ from lcexport import doctor
 from lcexport.builder import BuildOptions, build
 from lcexport.configs.errors import IncompatibleError, LcexportError, UsageError
 from lcexport.doctor import PRECISIONS, Diagnosis, diagnose
-from lcexport.engines import BACKENDS, COMPILED, require_backend
+from lcexport.engines import BACKENDS, TENSORRT, require_backend
 from lcexport.engines.trt import probe as probing
 from lcexport.engines.trt.memory import missing_gpu
 from lcexport.engines.trt.probe import ProductState
@@ -29,7 +29,7 @@ def here() -> Diagnosis:
 @pytest.fixture
 def absent(monkeypatch) -> None:
     """A probe of either product finds nothing; no child is started."""
-    monkeypatch.setattr(doctor, "probe", dict.fromkeys(COMPILED, ABSENT).__getitem__)
+    monkeypatch.setattr(doctor, "probe", dict.fromkeys(TENSORRT, ABSENT).__getitem__)
 
 
 def message(act) -> str | None:
@@ -84,7 +84,14 @@ def test_a_machine_without_a_gpu_builds_and_runs_on_its_processor(here):
     rtx = {("tensorrt-rtx", "bf16", "build", "cpu")} & can
     assert can - rtx == {
         (backend, precision, action, "cpu")
-        for backend, precision in (("onnxruntime", "fp32"), ("eager", "fp32"), ("eager", "bf16"))
+        for backend, precision in (
+            ("onnxruntime", "fp32"),
+            *(
+                (backend, precision)
+                for backend in ("eager", "aotinductor")
+                for precision in PRECISIONS
+            ),
+        )
         for action in ("build", "run")
     }
     (run,) = (v for v in here.verdicts if v.backend == "tensorrt-rtx" and v.action == "run"

@@ -26,6 +26,8 @@ SETTINGS: dict[str, Any] = {
     "emulate_precision_casts": True,
     # Without, a package uses as many threads as the machine that compiled it.
     "cpp.dynamic_threads": True,
+    # Headers compiled beforehand take longer than the one package that would use them.
+    "aot_inductor.precompile_headers": False,
     # The processor says what it has; the compiler need not be tried out beforehand.
     "cpp.vec_isa_ok": True,
 }

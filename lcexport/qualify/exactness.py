@@ -75,7 +75,7 @@ def refittable(record: EngineRecord) -> bool:
 
 def refit(subject: Subject) -> Iterator[Result]:
     record = subject.engine_record
-    if record is None or not (refittable(record) or record.calls):
+    if record is None or not (subject.tensorrt and (refittable(record) or record.calls)):
         yield untested(REFIT, "built without refitting")
         return
     own = load_file(subject.weights)  # mapped, not read

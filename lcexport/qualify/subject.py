@@ -8,7 +8,7 @@ import torch
 from lcexport.configs.dit import DiTConfig
 from lcexport.dit import LongCatDiT
 from lcexport.eager import dit_from_files
-from lcexport.engines import COMPILED, Engine, open_engine
+from lcexport.engines import COMPILED, TENSORRT, Engine, open_engine
 from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle, EngineRecord, GraphRecord
 from lcexport.engines.host import available_memory_bytes
 
@@ -35,6 +35,11 @@ class Subject:
     @property
     def compiled(self) -> bool:
         return self.backend in COMPILED
+
+    @property
+    def tensorrt(self) -> bool:
+        """Whether its plans are TensorRT's, which can be inspected and refitted."""
+        return self.backend in TENSORRT
 
     @property
     def on_gpu(self) -> bool:

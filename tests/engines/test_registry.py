@@ -10,7 +10,7 @@ import torch
 from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.engines import (
     BACKENDS,
-    COMPILED,
+    TENSORRT,
     backend_module,
     open_engine,
     require_backend,
@@ -51,8 +51,8 @@ def test_cuda_is_its_first_device():
     assert not same_device(cuda, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("backend", COMPILED)
-def test_a_compiled_backend_refuses_a_float32_bundle(demo_bundle, backend):
+@pytest.mark.parametrize("backend", TENSORRT)
+def test_tensorrt_refuses_a_float32_bundle(demo_bundle, backend):
     with pytest.raises(IncompatibleError, match="--precision bf16"):
         open_engine(backend, open_bundle(demo_bundle), "64x96x9")
 
