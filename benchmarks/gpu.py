@@ -25,6 +25,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -203,7 +204,7 @@ def packaged(layer: Layer, inputs: list[Tensor], path: Path) -> Callable[..., Te
     )
     package = torch._inductor.aoti_load_package(str(path))
     weights = dict(exported.state_dict) | dict(exported.constants)
-    wanted = {name: weights[name] for name in package.get_constant_fqns()}
+    wanted: dict[str, Any] = {name: weights[name] for name in package.get_constant_fqns()}
     package.load_constants(wanted, check_full_update=True, user_managed=True)
     return package
 
@@ -248,7 +249,9 @@ def measure_blocks(grid: Shape, hidden: int, device: str, rounds: int) -> dict[s
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
         calls, seconds = make_variants(hidden, grid, inputs, Path(folder))
-        timed = {name: (lambda call=call: call(*inputs)) for name, call in calls.items()}
+        timed: dict[str, Callable[[], object]] = {
+            name: partial(call, *inputs) for name, call in calls.items()
+        }
         found = alternate(timed | {"peak": lambda: a @ b}, inputs[0], rounds)
     peak = 2 * side**3 / statistics.median(found.pop("peak")) / 1e12
     work = block_flops(grid, hidden) / 1e12

@@ -182,8 +182,8 @@ def load_package(package: PlanFile, device: torch.device, rebuild: str) -> AOTIM
     index = -1 if device.index is None else device.index
     with tempfile.TemporaryDirectory(prefix="lcexport-") as folder:
         copy = Path(folder) / package.path.name
-        with VerifiedPlan(package) as verified:
-            copy.write_bytes(verified.whole())
+        with VerifiedPlan(package) as verified, copy.open("wb") as file:
+            verified.copy_to(file)
         try:
             return AOTIModelPackageLoader(str(copy), MODEL, True, 1, index)
         except RuntimeError as error:

@@ -216,6 +216,11 @@ class VerifiedPlan:
             return chunk
         return chunk[start : start + nbytes]
 
+    def copy_to(self, file: BinaryIO) -> None:
+        """Write all of it to another file, for what is loaded from a path."""
+        for index in range(len(self._digests)):
+            file.write(self._chunk(index))
+
     def _chunk(self, index: int) -> bytes:
         if index >= len(self._digests):
             return b""

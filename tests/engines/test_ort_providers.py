@@ -5,6 +5,7 @@ import sys
 import types
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import onnxruntime
 import pytest
@@ -87,9 +88,9 @@ def test_cuda_keeps_float32_and_takes_no_more_memory_than_it_is_asked_for():
 
 def test_a_recorded_run_is_asked_for_where_it_is_wanted():
     for wanted in (False, True):
-        ((name, options),) = configure(
-            onnxruntime.SessionOptions(), CUDA, GPU, 4660, cuda_graph=wanted
-        )
+        session = onnxruntime.SessionOptions()
+        made: Any = configure(session, CUDA, GPU, 4660, cuda_graph=wanted)
+        ((name, options),) = made
         assert name == CUDA
         assert options.get("enable_cuda_graph") == ("1" if wanted else None)
 
