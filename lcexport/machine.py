@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 
-from lcexport.engines import TENSORRT
 from lcexport.engines.trt.memory import driver_version
-from lcexport.engines.trt.product import open_product
+from lcexport.engines.trt.product import OFFERS, open_product
 
 PACKAGES = ("lcexport", "torch", "onnxruntime", "onnxruntime-gpu", "polygraphy", "triton")
 CPUINFO = Path("/proc/cpuinfo")
@@ -27,7 +26,7 @@ def environment(device: torch.device, backends: Iterable[str]) -> dict[str, obje
         **packages(),
     }
     for backend in backends:
-        if backend in TENSORRT:
+        if backend in OFFERS:
             product = open_product(backend)
             found[product.name] = str(product.trt.__version__)
     if device.type == "cuda":
