@@ -53,9 +53,10 @@ def check_here(record: EngineRecord, device: torch.device, rebuild: str) -> None
         IncompatibleError: names every field that differs, with both values.
     """
     was, here = set(features_of(record)), set(cpu_features())
+    version = str(torch.__version__)
     built_for, gpus = record.options["device"], compute_capability(device)
     pairs = [
-        ("torch", record.version == torch.__version__, record.version, torch.__version__),
+        ("torch", record.version == version, record.version, version),
         ("platform", record.platform == this_platform(), record.platform, this_platform()),
         ("device", built_for == device.type, built_for, device.type),
         (

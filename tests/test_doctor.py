@@ -177,7 +177,7 @@ def test_the_refusal_is_none_as_soon_as_something_can_be_built(absent):
 
 
 def test_what_does_not_exist_is_a_usage_error(absent):
-    with pytest.raises(UsageError, match=r"one of onnxruntime, .*tensorrt-rtx, eager"):
+    with pytest.raises(UsageError, match=r"one of onnxruntime, .*aotinductor, eager"):
         diagnose("quantum")
     with pytest.raises(UsageError, match="unknown precision; got 'fp8'; wanted one of fp32, bf16"):
         diagnose("eager", "fp8")

@@ -110,14 +110,14 @@ def private_folder(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def child(
-    stderr: IO[bytes], gpu: str | None = None, command: Sequence[str] = COMMAND
+    stderr: IO[bytes], gpu: str | None = None, command: Sequence[str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The compiling process; neither it nor what it starts outlives the block.
 
     A session of its own keeps a terminal's Ctrl-C from it: the parent ends it in order.
     """
     process = subprocess.Popen(
-        command,
+        command or COMMAND,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,

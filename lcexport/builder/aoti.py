@@ -84,7 +84,7 @@ def compile_packages(
         plans=tuple(PlanRecord.model_validate(stage.output.facts["plan"]) for stage in done),
         calls=call_records(uses),
         product=BACKEND,
-        version=torch.__version__,
+        version=str(torch.__version__),
         platform=this_platform(),
         compute_capabilities=compute_capability(device),
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
