@@ -1,12 +1,14 @@
 """The demo checkpoint: complete, sound, the same bytes every time."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from lcexport.checkpoint import validate
-from lcexport.configs.errors import ResourceError
-from lcexport.demo import make_demo_checkpoint
+from lcexport.configs.dit import DiTConfig
+from lcexport.configs.errors import ResourceError, UsageError
+from lcexport.demo import CONFIG, SIBLINGS, Sibling, make_demo_checkpoint
 from lcexport.engines.bundle import COMPONENTS
 
 
@@ -31,6 +33,23 @@ def test_it_is_the_same_every_time_and_leaves_nothing_else(demo_checkpoint, tmp_
     make_demo_checkpoint(tmp_path / "again")
     assert content(tmp_path / "again") == content(demo_checkpoint)
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_its_sibling_has_a_dit_and_a_vae_of_its_own(tmp_path, monkeypatch):
+    narrow = CONFIG.model_copy(update={"hidden_size": 128, "depth": 2})
+    monkeypatch.setitem(SIBLINGS, "bench", Sibling(narrow, vae_channels=4, megabytes=5))
+    make_demo_checkpoint(tmp_path / "bench", "bench")
+    report = validate(tmp_path / "bench")
+    assert report.ok, report.problems
+    written = DiTConfig.from_json(tmp_path / "bench/dit/config.json")
+    assert (written.hidden_size, written.depth) == (128, 2)
+    assert json.loads((tmp_path / "bench/vae/config.json").read_text())["base_dim"] == 4
+
+
+def test_there_are_two_sizes(tmp_path):
+    with pytest.raises(UsageError, match="no such size of checkpoint; got 'huge'; wanted demo or"):
+        make_demo_checkpoint(tmp_path / "huge", "huge")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_is_too_small_is_one_error_and_leaves_nothing(mount_disk):
