@@ -60,15 +60,16 @@ class Contestant:
         }
 
     def files(self) -> dict[str, int]:
-        """Bytes on the disk: its weights, graph and plans, the other components, all of these."""
+        """Bytes on the disk: its weights, graphs and plans, the other components, all of these."""
         files = self.bundle.manifest.files
         product = self.backend.removeprefix("onnxruntime-")
         record = self.bundle.manifest.engines.get(product, {}).get(self.graph.name)
         plans = {plan.file for plan in record.plans} if record else set()
+        graphs = (self.graph.file, self.graph.fused)
         components = ("text_encoder/", "tokenizer/", "vae/")
         sizes = {
             "weights_bytes": files[WEIGHTS].bytes,
-            "graph_bytes": files[self.graph.file].bytes,
+            "graph_bytes": sum(files[name].bytes for name in filter(None, graphs)),
             "plans_bytes": sum(files[name].bytes for name in plans),
             "components_bytes": sum(
                 record.bytes for name, record in files.items() if name.startswith(components)
