@@ -10,8 +10,9 @@ Four ways through the same float32 weights at 3,072 tokens, batch 1, held agains
     inputs   one package of the block, opened once, its weights handed in as inputs: the backend's
 
 Each runs once in turn, round after round, and its time is that of the processor it used: on a
-shared machine what others do counts little with one thread, and a lot with several. The ratios are
-of medians. What compiling cost is that of this process and of the compilers it starts.
+shared machine what others do counts little. With several threads, waiting for each other would
+count as work: set OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=0 then. The ratios are of medians.
+What compiling cost is that of this process and of the compilers it starts.
 """
 
 import argparse
