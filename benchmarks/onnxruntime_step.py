@@ -40,6 +40,7 @@ from lcexport.compare import difference
 from lcexport.configs.dit import DiTConfig
 from lcexport.demo import random_weight
 from lcexport.dit import Geometry, dit_from_tensors
+from lcexport.engines.host import peak_rss_bytes, reset_peak_rss, resident_bytes
 from lcexport.engines.ort import OrtEngine
 from lcexport.flops import forward_flops
 from lcexport.graph import GraphSpec, onnx_from_dit, save_graph
@@ -240,22 +241,14 @@ def peak_of_a_pass(graph: Path) -> dict[str, int]:
         inputs, outputs = tensors_for(engine)
         for tensor in outputs.values():
             tensor.zero_()  # its pages are there before the pass
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of opening it
-        opened = resident("VmRSS")
+        reset_peak_rss()  # forget the peak of opening it
+        opened = resident_bytes()
         start = time.perf_counter()
         engine.run(inputs, outputs)
         seconds = time.perf_counter() - start
-        peak = resident("VmHWM")
+        peak = peak_rss_bytes()
     assert np.isfinite(outputs["velocity"].numpy()).all()
     return {"opened_bytes": opened, "peak_bytes": peak, "milliseconds": round(1000 * seconds)}
-
-
-def resident(field: str) -> int:
-    """This process's resident bytes now, `VmRSS`, or at most, `VmHWM`."""
-    for line in Path("/proc/self/status").read_text("utf-8").splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise KeyError(field)
 
 
 def is_linear(rows: list[dict[str, object]]) -> bool:

@@ -12,7 +12,6 @@ Prints a table and, as the last line, one JSON document.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import torch
 
 from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE
 from lcexport.demo import make_demo_checkpoint
+from lcexport.engines.host import peak_rss_bytes, reset_peak_rss, resident_bytes
 from lcexport.runtime.vae import VideoVAE
 
 WAYS = ("frames", "whole", "tiles")
@@ -37,7 +37,8 @@ def measure(model: Path, way: str, frames: int, height: int, width: int) -> dict
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for _ in vae.frames(latents[:, :1]):  # what is set up once is not the decoding's
         pass
-    before, started, first = peak(), time.perf_counter(), None
+    before, started, first = resident_bytes(), time.perf_counter(), None
+    reset_peak_rss()
     if way == "whole":
         with torch.no_grad():
             vae._opened().decode(latents[None], return_dict=False)
@@ -47,13 +48,8 @@ def measure(model: Path, way: str, frames: int, height: int, width: int) -> dict
     seconds = time.perf_counter() - started
     return {
         "way": way, "latent_frames": frames, "frames": 4 * (frames - 1) + 1,
-        "peak_bytes": peak() - before, "seconds": seconds, "first_frame_s": first or seconds,
+        "peak_bytes": peak_rss_bytes() - before, "seconds": seconds, "first_frame_s": first or seconds,
     }  # fmt: skip
-
-
-def peak() -> int:
-    """The most memory this process has held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lcexport.configs import Preset
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
 from lcexport.configs.tasks import Job, build_words, job_name, task_in
-from lcexport.engines.files import sha256_of
+from lcexport.engines.files import identity, sha256_of
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -250,11 +250,16 @@ class Manifest(Frozen):
 
 
 class Bundle:
-    """An opened bundle: its manifest, and paths that were checked to lie inside it."""
+    """An opened bundle: its manifest, and paths that were checked to lie inside it.
+
+    Attributes:
+        weights: which weights file the manifest was read with.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.weights = identity(folder / WEIGHTS)
 
     def path(self, name: str) -> Path:
         """Path of one file of the manifest."""
@@ -285,6 +290,11 @@ class Bundle:
                 words += [option, ",".join(value) if isinstance(value, list) else str(value)]
         return shlex.join([*words, "--add", "-o", str(self.folder)])
 
+    @property
+    def most_cond_frames(self) -> int | None:
+        """As many frames as any graph goes on from; None where none does."""
+        return max(graph.job.cond_frames for graph in self.manifest.graphs.values()) or None
+
     def job_graph(self, resolution: str, task: str, part: str = "denoise") -> GraphRecord:
         """The graph that does a part of a task at a resolution; UsageError as `graph`."""
         return self.graph(job_name(resolution, task, part))
@@ -306,12 +316,18 @@ def open_bundle(folder: str | Path, *, every_hash: bool = False) -> Bundle:
     """Read a bundle's manifest and check its files.
 
     Raises:
-        IntegrityError: no bundle, or a file that is not the one the manifest names.
+        IntegrityError: no bundle, a file that is not the one the manifest names, or weights that
+            were exchanged meanwhile.
         IncompatibleError: the bundle has another schema version.
     """
     folder = Path(folder)
+    before = identity(folder / WEIGHTS)
     bundle = Bundle(folder, read_manifest(folder))
     bundle.check_files(every_hash=every_hash)
+    if not before == bundle.weights == identity(folder / WEIGHTS):
+        raise IntegrityError(
+            f"the weights of {folder} were exchanged while it was opened", do="Open it again."
+        )
     return bundle
 
 

@@ -112,3 +112,12 @@ def resource_errors(path: Path) -> Iterator[None]:
                 f"cannot make {path}: a file is in the way", do="Choose another folder."
             ) from error
         raise
+
+
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """Which file this is now; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns

@@ -28,6 +28,11 @@ def peak_rss_bytes() -> int:
     return kibibytes(STATUS, "VmHWM") * 1024
 
 
+def resident_bytes() -> int:
+    """What this process holds in memory now, mapped files included."""
+    return kibibytes(STATUS, "VmRSS") * 1024
+
+
 def available_memory_bytes() -> int:
     """Memory a new allocation can have without swapping, here and in this process's container."""
     free = kibibytes(MEMINFO, "MemAvailable") * 1024

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -16,6 +15,7 @@ from lcexport.configs.errors import IntegrityError, UsageError
 from lcexport.configs.tasks import CONTINUATIONS, Task
 from lcexport.engines import Engine, open_engine
 from lcexport.engines.bundle import WEIGHTS, Bundle, GraphRecord
+from lcexport.engines.files import identity
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.checks import (
     SCHEDULER_CONFIG,
@@ -64,7 +64,6 @@ class Components:
         bf16 = bundle.manifest.precision == "bf16"
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self._device_name, self._engine_options = device, engine_options
-        self._weights = identity(bundle.folder / WEIGHTS)
         self._keep_engines = keep_engines
         self._engines: dict[str, Engine] = {}  # the one used last is the last one
         self._adopted: set[str] = set()
@@ -141,7 +140,7 @@ class Components:
             )
         check_only_weights_differ(self.bundle, bundle)
         self._close_engines()
-        self.bundle, self._weights = bundle, identity(bundle.folder / WEIGHTS)
+        self.bundle = bundle
         self._warned.clear()
 
     def expect_lora(self, name: str, use: str) -> None:
@@ -182,7 +181,8 @@ class Components:
 
     def decode(self, latents_B16THW: torch.Tensor, cancel: CancelToken) -> list[torch.Tensor]:
         """One [F, H, W, 3] per sample, decoded one by one."""
-        return [torch.cat(list(self.frames(latents, cancel))) for latents in latents_B16THW]
+        with self._vae.on_device():  # once for all
+            return [torch.cat(list(self.frames(latents, cancel))) for latents in latents_B16THW]
 
     def frames(self, latents_16THW: torch.Tensor, cancel: CancelToken) -> Iterator[torch.Tensor]:
         """One sample's frames as they are decoded; the token is looked at before each group."""
@@ -194,7 +194,7 @@ class Components:
 
     def _check_weights(self) -> None:
         """Baking LoRAs exchanges the weights; engines with old and new ones must not be mixed."""
-        if identity(self.bundle.folder / WEIGHTS) != self._weights:
+        if identity(self.bundle.folder / WEIGHTS) != self.bundle.weights:
             raise IntegrityError(
                 f"the weights of {self.bundle.folder} were exchanged since it was opened",
                 do="Call the pipeline's `reload_weights`, or load the bundle again.",
@@ -208,12 +208,3 @@ class Components:
         finally:
             self._engines.clear()
             self._resources.close()
-
-
-def identity(path: Path) -> tuple[int, int, int] | None:
-    """Which file this is now; None for a bundle without that file."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino, status.st_mtime_ns

@@ -128,6 +128,18 @@ def refuse_both(image: object, video: object) -> None:
         raise UsageError("an image and a video were given", do="Give one of them.")
 
 
+def task_for(task: Task | None, given: Given, cache: KeyValueCache | bool) -> Task:
+    """The task that was asked for, or the one that fits what was given.
+
+    Raises:
+        UsageError: what was given says nothing of a task, or a cache would not be used.
+    """
+    fitting = task_of(given, cache) if task is None or isinstance(cache, KeyValueCache) else task
+    if task is not None and isinstance(cache, KeyValueCache) and task != fitting:
+        raise UsageError("a cache is for a continuation", got=f"task {task}", wanted=fitting)
+    return fitting
+
+
 def task_of(given: Given, cache: KeyValueCache | bool) -> Task:
     """The task that fits what was given."""
     if isinstance(cache, KeyValueCache):

@@ -18,13 +18,13 @@ from lcexport.runtime.conditioning import (
     Start,
     VideoSource,
     clean_latents,
-    task_of,
+    task_for,
 )
 from lcexport.runtime.denoiser import denoise
 from lcexport.runtime.request import (
     Prompt,
     Request,
-    initial_noise,
+    drawn_noise,
     request_from,
 )
 from lcexport.runtime.sampler import OnStep
@@ -114,7 +114,7 @@ def generate(
     """
     check_output(output)
     given = Given(image, video, cond_latents, posterior_noise)
-    task = task or task_of(given, cache)
+    task = task_for(task, given, cache)
     request = request_from(
         preset,
         prompt,
@@ -130,9 +130,8 @@ def generate(
     if distill:
         components.expect_lora("cfg_step", "the distilled schedule")
     stored = components.stored(task)
-    generator = torch.Generator().manual_seed(request.seed)
     shape = (request.count, *preset.latent_shape)
-    noise = initial_noise(latents, generator, shape, stored)
+    generator, noise = drawn_noise(request.seed, shape, stored, latents)
     timings: dict[str, float] = {}
     with torch.no_grad():
         with timed(timings, "text"):

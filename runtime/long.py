@@ -29,7 +29,7 @@ from lcexport.runtime.conditioning import (
 from lcexport.runtime.generating import Options
 from lcexport.runtime.media import Pixels, resize_frames, truncated_uint8
 from lcexport.runtime.pipeline import Pipeline
-from lcexport.runtime.request import check_whole, initial_noise, request_from
+from lcexport.runtime.request import check_whole, drawn_noise, request_from
 from lcexport.runtime.sampler import OnStep
 from lcexport.runtime.segments import (
     Frames,
@@ -148,9 +148,8 @@ def begin_segment(
 
 def unrounded_latents(pipe: Pipeline, frames: Frames, seed: int) -> torch.Tensor:
     """Latents of float32 frames [F, H, W, 3], with the random numbers that uint8 frames get."""
-    generator = torch.Generator().manual_seed(seed)
     shape, stored = (1, *pipe.preset.latent_shape), pipe.components.stored("vc")
-    initial_noise(None, generator, shape, stored)  # the generation's
+    generator, _ = drawn_noise(seed, shape, stored)
     pixels_3FHW = (2 * torch.from_numpy(frames) - 1).permute(3, 0, 1, 2)
     with torch.no_grad():
         pixels_13FHW = pixels_3FHW[None].contiguous()

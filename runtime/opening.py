@@ -50,13 +50,15 @@ def load(
     """
     bundle = open_bundle(bundle_dir, every_hash=check_hashes)
     first = first_graph(bundle, resolution)
-    graphs = graphs_to_open(bundle, first, tasks)[:keep_engines]
+    graphs = graphs_to_open(bundle, first, tasks)
+    if engine is not None:
+        graphs = [graph for graph in graphs if graph.name != resolution]
     tokens = first.preset.text_tokens
     components = Components(bundle, backend, device, offload, tokens, engine_options, keep_engines)
     try:
         if engine is not None:
             components.adopt(bundle.graph(resolution), engine)
-        for graph in graphs:
+        for graph in graphs[:keep_engines]:
             components.engine(graph)
     except BaseException:
         components.close()

@@ -19,7 +19,7 @@ from lcexport.runtime.components import Components
 from lcexport.runtime.conditioning import Given, VideoSource
 from lcexport.runtime.generating import Options, Output, check_output, generate, start_from
 from lcexport.runtime.refining import RefineOptions, refine
-from lcexport.runtime.request import MAX_SEED, Prompt, check_whole, initial_noise
+from lcexport.runtime.request import MAX_SEED, Prompt, check_whole, drawn_noise
 from lcexport.runtime.text import Text
 from lcexport.runtime.video import Video
 
@@ -97,8 +97,16 @@ class Pipeline:
         )
 
     def encode(self, prompts: list[str]) -> Text:
-        """Prompts for any number of generations: what the text encoder makes of them."""
+        """Prompts for any number of generations: what the text encoder makes of them.
+
+        Raises:
+            UsageError: no list of texts, or an empty list.
+        """
         self._check_open()
+        if not isinstance(prompts, list) or not prompts:
+            raise UsageError(
+                "these are no prompts", got=repr(prompts)[:60], wanted="a list of one or more"
+            )
         return self.components.encode_text(prompts, CancelToken())
 
     def frames(
@@ -177,10 +185,8 @@ class Pipeline:
         self._check_open()
         given = Given(None, video, cond_latents, posterior_noise)
         check_whole("seed", seed, 0, MAX_SEED)
-        generator = torch.Generator().manual_seed(seed)
-        # `generate` draws its noise first: the same seed then gives the same cache
         shape = (1, *self.preset.latent_shape)
-        initial_noise(None, generator, shape, self.components.stored("vc"))
+        generator, _ = drawn_noise(seed, shape, self.components.stored("vc"))
         with torch.no_grad():
             start = start_from(
                 self.components, self.graph("vc"), given, True, generator, cancel or CancelToken()

@@ -14,6 +14,7 @@ from lcexport.configs import TEMPORAL_STRIDE
 from lcexport.configs.errors import UsageError
 from lcexport.configs.refinement import GROUP, RefineShape
 from lcexport.configs.tasks import Job, Task, refine_task
+from lcexport.engines.bundle import Bundle
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.components import Components
 from lcexport.runtime.conditioning import (
@@ -113,7 +114,7 @@ def refine(
     graph = components.bundle.job_graph(resolution, task)
     job = graph.job
     plan = refine_schedule(steps, t_thresh, components.shift)
-    frames = stage_one_frames(video, job)
+    frames = stage_one_frames(video, job, components.bundle)
     shape = refinement_of(job, len(frames))
     if not shape.cond_frames and (cond_latents is not None or cond_posterior_noise is not None):
         raise UsageError("this refinement goes on from nothing", do="Give no condition's latents.")
@@ -218,7 +219,7 @@ def fits(job: Job, frames: int) -> bool:
     return refinement_of(job, frames).latents == own.latents
 
 
-def stage_one_frames(video: VideoSource, job: Job) -> Pixels:
+def stage_one_frames(video: VideoSource, job: Job, bundle: Bundle) -> Pixels:
     """The video's frames; UsageError where they are not of the size, or are padded otherwise."""
     frames = video_pixels(video, None)
     preset = job.preset
@@ -228,14 +229,28 @@ def stage_one_frames(video: VideoSource, job: Job) -> Pixels:
         return frames
     near = range(1, preset.frames + GROUP * TEMPORAL_STRIDE)
     taken = [number for number in near if fits(job, number)]
+    do = f"Refine what was generated at {preset.name}."
+    if same_size and (length := buildable_length(job, count)):
+        do = f"Build for this length: {bundle.adding(f'{height}x{width}x{length}', job.task)}"
     raise UsageError(
         "this is not a video of the first stage",
         got=f"{count} frames of {height} x {width} pixels",
         wanted=f"{taken[0]} to {taken[-1]} frames of {preset.height} x {preset.width}",
-        do=f"Build for this length: lcexport build --res {height}x{width}x{count} --task {job.task}"
-        if same_size
-        else f"Refine what was generated at {preset.name}.",
+        do=do,
     )
+
+
+def buildable_length(job: Job, frames: int) -> int | None:
+    """The longest that a graph can be built for, 4k+1, and that is padded as `frames` are."""
+    shape = refinement_of(job)
+    if frames * (1 if shape.spatial_only else 2) <= shape.cond_frames:
+        return None
+    latents = refinement_of(job, frames).latents
+    for length in reversed(range(1, frames + GROUP * TEMPORAL_STRIDE, TEMPORAL_STRIDE)):
+        long_enough = length * (1 if shape.spatial_only else 2) > shape.cond_frames
+        if long_enough and refinement_of(job, length).latents == latents:
+            return length
+    return None
 
 
 def condition(

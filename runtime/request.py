@@ -160,6 +160,21 @@ def check_guidance(scale: float) -> None:
         )
 
 
+def drawn_noise(
+    seed: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    latents: torch.Tensor | None = None,
+) -> tuple[torch.Generator, torch.Tensor]:
+    """A generation's generator and its initial noise, which is the first that is drawn.
+
+    What goes on from clean frames draws their posterior's sample next: whoever makes them apart
+    begins here too, so that a seed means the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return generator, initial_noise(latents, generator, shape, dtype)
+
+
 def initial_noise(
     latents: torch.Tensor | None,
     generator: torch.Generator,

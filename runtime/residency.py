@@ -22,7 +22,7 @@ C = TypeVar("C", bound=Component)
 
 
 class Resident(Generic[C]):
-    """One component under an offload policy.
+    """One component under an offload policy; it may be lent several times at once.
 
     `keep`: loaded now, stays on the device. `cpu`: loaded now, waits on the CPU. `release`:
     loaded for each use and dropped after it; slowest, least memory.
@@ -37,28 +37,40 @@ class Resident(Generic[C]):
         self._load, self._device, self._offload = load, device, offload
         home = device if offload == "keep" else torch.device("cpu")
         self._component = None if offload == "release" else load(home)
+        self._lent: C | None = None
+        self._uses = 0
 
     @contextmanager
     def on_device(self) -> Iterator[C]:
-        """Lend the component out, on the device."""
-        component = self._component or self._load(self._device)
+        """Lend the component out, on the device; it goes back when its last user is done."""
+        component = self._lent or self._component or self._load(self._device)
+        self._lent, self._uses = component, self._uses + 1
         try:
-            if self._offload == "cpu":
+            if self._offload == "cpu" and self._uses == 1:
                 component.to(self._device)
             yield component
         finally:
-            if self._offload == "cpu":
-                component.to("cpu")
-            if self._offload == "release":
-                component.close()
-            if self._offload != "keep":
-                free_cache(self._device)
+            self._uses -= 1
+            if not self._uses:
+                self._take_back()
+
+    def _take_back(self) -> None:
+        component, self._lent = self._lent, None
+        if component is None:  # closed meanwhile
+            return
+        if self._offload == "cpu":
+            component.to("cpu")
+        if self._offload == "release":
+            component.close()
+        if self._offload != "keep":
+            free_cache(self._device)
 
     def close(self) -> None:
-        """Drop the weights. Harmless when called twice."""
-        if self._component is not None:
-            self._component.close()
-        self._component = None
+        """Drop the weights, lent or not. Harmless when called twice."""
+        for component in (self._lent, self._component):
+            if component is not None:
+                component.close()
+        self._lent = self._component = None
 
 
 def check_offload(offload: str) -> None:

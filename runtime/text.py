@@ -63,7 +63,9 @@ class TextCache:
         found = {prompt: self._rows[prompt] for prompt in prompts if prompt in self._rows}
         if missing:
             made = encode(missing)
-            split = zip(made.embeds.split(1), made.mask.split(1), strict=True)
+            # copies: a part of a tensor keeps all of it in memory
+            rows = ((row.clone() for row in x.split(1)) for x in (made.embeds, made.mask))
+            split = zip(*rows, strict=True)
             found |= zip(missing, (Text(*row) for row in split), strict=True)
         for prompt in prompts:
             self._rows.pop(prompt, None)

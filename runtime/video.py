@@ -25,7 +25,7 @@ LABEL_PIXELS = 16
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """Frames float32 [F, H, W, 3] in 0..1, and where they came from.
+    """Frames float32 [F, H, W, 3] in 0..1, or uint8 as files have them; and where they came from.
 
     fps in frames per second; timings in seconds per stage; seed None where the caller gave
     the initial noise.
@@ -74,12 +74,14 @@ class Video:
 
 
 def to_uint8(frames_FHW3: torch.Tensor) -> npt.NDArray[np.uint8]:
-    """Frames in 0..1 as uint8, rounded to nearest."""
+    """Frames in 0..1 as uint8, rounded to nearest; uint8 ones as they are."""
+    if frames_FHW3.dtype == torch.uint8:
+        return frames_FHW3.cpu().numpy()
     return (frames_FHW3.clip(0, 1) * 255).round().byte().cpu().numpy()
 
 
 def save_frames(groups: Iterable[torch.Tensor], path: str | Path, fps: float) -> Path:
-    """Write an MP4 of frames as they come, [any number, H, W, 3] in 0..1; whole or not at all.
+    """Write an MP4 of frames as they come, [any number, H, W, 3]; whole or not at all.
 
     A group is encoded, in the codec's own threads, while the next one is made.
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from lcexport.builder import BuildOptions, build
-from lcexport.cli.given import Clip, graph_for, joined, read_source
+from lcexport.cli.given import graph_for, joined, read_source
 from lcexport.configs import preset_from
 from lcexport.configs.errors import UsageError
 from lcexport.engines.bundle import open_bundle
@@ -46,7 +46,7 @@ def frames_of(count, height, width):
 
 
 def saved(path, frames, fps=15):
-    return Clip(torch.from_numpy(frames), fps).save(path)
+    return Video(torch.from_numpy(frames), fps).save(path)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from lcexport.checkpoint.names import name_pairs
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import ResourceError
 from lcexport.configs.tasks import Job, task_in
-from lcexport.engines import COMPILED
+from lcexport.engines import TENSORRT
 from lcexport.engines.host import available_memory_bytes
 from lcexport.engines.trt.compile import build_bytes
 from lcexport.flops import job_flops, share_saved
@@ -156,7 +156,8 @@ def stage_names(options: BuildOptions, jobs: Iterable[Job]) -> list[str]:
         names.append(f"graph:{job.name}")
         for backend in options.compiled:
             names.append(f"compile:{backend}:{job.name}")
-            names += [f"context:{backend}:{job.name}"] if options.ep_context else []
+            if options.ep_context and backend in TENSORRT:
+                names.append(f"context:{backend}:{job.name}")
         if options.only == "all":
             names.append(f"golden:{job.name}")
             names += [f"engine:{backend}:{job.name}" for backend in options.engines]
@@ -222,10 +223,11 @@ def runtime_bytes(
 def copies(options: BuildOptions, sizes: tuple[SizePlan, ...]) -> int:
     """How often a pipeline holds the weights when it has been asked for every task of a resolution.
 
-    Eager torch and plans with shared weights hold them once. The other backends hold them once for
-    each open graph, unless `lcexport.runtime.load` is told to keep fewer open (`keep_engines`).
+    Eager torch, AOTInductor and plans with shared weights hold them once. The other backends hold
+    them once for each open graph, unless `lcexport.runtime.load` is told to keep fewer open
+    (`keep_engines`).
     """
-    shared = {"eager", *(COMPILED if options.weights == "shared" else ())}
+    shared = {"eager", "aotinductor", *(TENSORRT if options.weights == "shared" else ())}
     if shared.issuperset(options.backends):
         return 1
     return max(Counter(task_in(size.graph)[0] for size in sizes).values())

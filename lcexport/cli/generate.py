@@ -112,8 +112,7 @@ def generate(
         offload_cache=offload_cache,
     )  # fmt: skip
     opened = Bundle(bundle, read_manifest(bundle))
-    most = max(record.job.cond_frames for record in opened.manifest.graphs.values())
-    source = read_source(image, video, cache, last=most or None if only_new else None)
+    source = read_source(image, video, cache, opened.most_cond_frames if only_new else None)
     graph = graph_for(opened, res, source)
     check_cond_frames(opened, graph.job, cond_frames)
     source.check(graph.job)

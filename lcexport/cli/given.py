@@ -156,15 +156,7 @@ def check_cond_frames(bundle: Bundle, job: Job, asked: int | None) -> None:
         )
 
 
-class Clip(Video):
-    """A video whose frames are uint8 already, as files have them: a quarter of the memory."""
-
-    def to_uint8(self) -> Pixels:
-        """Frames uint8 [F, H, W, 3]."""
-        return self.frames.numpy()
-
-
-def joined(before: Pixels, made: Video, cond_frames: int) -> Clip:
+def joined(before: Pixels, made: Video, cond_frames: int) -> Video:
     """A source and its continuation, at the source's size, as the original's demo writes it.
 
     Args:
@@ -174,7 +166,7 @@ def joined(before: Pixels, made: Video, cond_frames: int) -> Clip:
     _, height, width, _ = before.shape
     after = resize_frames_bicubic(made.to_uint8()[cond_frames:], height, width)
     frames = torch.from_numpy(np.concatenate([before, after]))
-    return Clip(frames, made.fps, made.timings, made.seed)
+    return Video(frames, made.fps, made.timings, made.seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,9 +201,9 @@ class FirstStage:
 
 
 def read_first_stage(
-    video: Path, image: Path | None, cond_video: Path | None, spatial: bool
+    video: Path, image: Path | None, cond_video: Path | None, spatial: bool, last: int | None
 ) -> FirstStage:
-    """The files' pixels.
+    """The files' pixels; of the refined video before, the `last` frames.
 
     Raises:
         UsageError: both an image and a video were given to go on from.
@@ -222,7 +214,7 @@ def read_first_stage(
     return FirstStage(
         read_video(video)[0],
         None if image is None else read_image(image),
-        None if cond_video is None else read_video(cond_video, fps)[0],
+        None if cond_video is None else read_video(cond_video, fps, last)[0],
         task,
     )
 

@@ -99,7 +99,8 @@ def long_video(
     source.check(graph.job)
     res = graph.preset.name
     if refine:
-        check_refinement(refine_bundle or bundle, res, spatial, len(texts) > 1 or video is not None)
+        longer = source.video is not None and len(source.video) > graph.job.cond_frames
+        check_refinement(refine_bundle or bundle, res, spatial, len(texts) > 1 or longer)
     opened = partial(
         open_pipeline, resolution=res, tasks=(), backend=backend, device=device, offload=offload,
         engine=engine, keep_engines=keep_engines, check_hashes=check_hashes,

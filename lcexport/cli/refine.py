@@ -71,8 +71,9 @@ def refine(
     from lcexport.runtime import Video
 
     check_output(out, contact_sheet)
-    given = read_first_stage(video, image, cond_video, spatial)
-    graph = refinement_for(Bundle(bundle, read_manifest(bundle)), res, given)
+    opened = Bundle(bundle, read_manifest(bundle))
+    given = read_first_stage(video, image, cond_video, spatial, opened.most_cond_frames)
+    graph = refinement_for(opened, res, given)
     with (
         open_pipeline(
             bundle,

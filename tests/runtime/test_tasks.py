@@ -215,7 +215,7 @@ def test_a_cache_of_other_weights_or_sizes(pipe, clip):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((8, 64, 96, 3), r"got 8 frames .*wanted 9 to 16 frames of 64 x 96.*--res 64x96x8 --task"),
+        ((8, 64, 96, 3), r"got 8 frames .*wanted 9 to 16 frames of 64 x 96.*--res 64x96x5 --task"),
         ((17, 64, 96, 3), "got 17 frames"),
         ((13, 64, 64, 3), "got 13 frames of 64 x 64"),
     ],
