@@ -4,9 +4,9 @@
 
 Nothing is measured here: operations come from `lcexport.flops`, as `lcexport plan` shows them, and
 weights' bytes from the configuration. The default rates are an H200's: 790 TFLOP/s is what a large
-bfloat16 matrix product was measured to reach on one (not by this project), of 989 on its data sheet;
-4.8 TB/s its data sheet's bandwidth (an H100's is 3.35 TB/s, with the same arithmetic units). So a
-time is what the task would take if all of it ran at the speed of a large matrix product. Text
+bfloat16 matrix product was measured to reach on one (not by this project), of 989 on its data
+sheet; 4.8 TB/s its data sheet's bandwidth (an H100's is 3.35 TB/s, with the same arithmetic units).
+So a time is what the task would take if all of it ran at the speed of a large matrix product. Text
 encoder and VAE are not in it.
 
 Prints a table and, as the last line, one JSON document.
@@ -95,9 +95,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     values = [row["seconds_per_video"] for row in report["rows"]][::-1]
     figure, axes = plt.subplots(figsize=(8, 0.32 * len(labels) + 1.2), layout="constrained")
     axes.bar_label(axes.barh(labels, values), fmt="%.1f", padding=3, fontsize=8)
-    axes.set_xlabel(
-        f"seconds for one video at {report['tflops']:g} TFLOP/s: computed, not measured"
-    )
+    axes.set_xlabel(f"seconds for one video, computed for {report['tflops']:g} TFLOP/s")
     axes.margins(x=0.12)
     figure.savefig(path, dpi=120)
 

@@ -48,7 +48,8 @@ def measure(model: Path, way: str, frames: int, height: int, width: int) -> dict
     seconds = time.perf_counter() - started
     return {
         "way": way, "latent_frames": frames, "frames": 4 * (frames - 1) + 1,
-        "peak_bytes": peak_rss_bytes() - before, "seconds": seconds, "first_frame_s": first or seconds,
+        "peak_bytes": peak_rss_bytes() - before,
+        "seconds": seconds, "first_frame_s": first or seconds,
     }  # fmt: skip
 
 

@@ -52,6 +52,7 @@ def test_the_released_model_at_480p(demo_checkpoint, options, plenty):
     [
         ({"backends": ("onnxruntime",)}, 3),
         ({"backends": ("eager",)}, 1),
+        ({"backends": ("aotinductor",)}, 1),
         ({"backends": ("tensorrt-rtx",)}, 3),
         ({"backends": ("tensorrt-rtx",), "weights": "shared"}, 1),
         ({"backends": ("eager", "onnxruntime")}, 3),

@@ -14,9 +14,10 @@ from lcexport.configs.errors import (
     UsageError,
     VerificationError,
 )
-from lcexport.runtime import CancelToken, StepEvent, Video, load
+from lcexport.runtime import CancelToken, StepEvent, Video, components, load
 from lcexport.runtime.sampler import sample
 from lcexport.runtime.schedule import schedule
+from lcexport.runtime.vae import VideoVAE
 
 
 @pytest.fixture
@@ -60,6 +61,20 @@ def test_frames_come_one_by_one_and_are_those_of_the_video(pipe):
     assert [len(frames) for frames in groups] == [1, 4, 4]
     assert torch.equal(torch.cat(groups), video.frames)
     assert torch.equal(torch.cat(list(pipe.frames(latents[0]))), video.frames)
+
+
+def test_a_batch_is_decoded_with_the_vae_loaded_once(bundle, fake_engine, monkeypatch):
+    loads = []
+    monkeypatch.setattr(components, "VideoVAE", lambda *a: loads.append(1) or VideoVAE(*a))
+    with load(bundle, "tiny", engine=fake_engine(1), offload="release") as pipe:
+        assert len(pipe.generate(["a cat", "a dog"], steps=1)) == 2
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize("prompts", [[], "a cat", None])
+def test_only_a_list_of_prompts_is_encoded(pipe, prompts):
+    with pytest.raises(UsageError, match="these are no prompts"):
+        pipe.encode(prompts)
 
 
 def test_decoding_can_be_cancelled_between_frames(pipe):

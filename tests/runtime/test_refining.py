@@ -8,7 +8,7 @@ from lcexport.configs import preset_from
 from lcexport.configs.errors import UsageError
 from lcexport.configs.tasks import jobs_for
 from lcexport.runtime import load
-from lcexport.runtime.refining import fits
+from lcexport.runtime.refining import buildable_length, fits
 
 FAST = {"steps": 1, "t_thresh": 0.5}
 
@@ -45,6 +45,22 @@ def grey_levels(count):
 def test_which_lengths_the_released_graphs_take(task, least, most):
     (job,) = jobs_for(preset_from("480p"), task)
     assert [count for count in range(200) if fits(job, count)] == [*range(least, most + 1)]
+
+
+@pytest.mark.parametrize("task", ["refine", "refine-i2v", "refine-vc", "spatial", "spatial-vc"])
+def test_a_graph_of_the_length_that_is_advised_takes_the_video(task):
+    (job,) = jobs_for(preset_from("480p"), task)
+    advised = 0
+    for count in range(30, 160):
+        length = buildable_length(job, count)
+        if length is None:
+            continue
+        advised += 1
+        preset = preset_from(f"480x832x{length}")
+        assert preset.frames == length, "it is not rounded"
+        (built,) = jobs_for(preset, task)
+        assert fits(built, count)
+    assert advised > 100
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def test_the_prompt_used_longest_ago_is_forgotten():
     assert seen == [["a"], ["b"], ["c"], ["b"]]
 
 
+def test_a_row_does_not_keep_its_batch_in_memory():
+    cache = TextCache(size=1)
+    cache.rows([f"prompt {number}" for number in range(50)], counted([]))
+    (kept,) = cache._rows.values()
+    assert kept.embeds.untyped_storage().nbytes() == kept.embeds.nbytes
+    assert kept.mask.untyped_storage().nbytes() == kept.mask.nbytes
+
+
 def test_more_prompts_than_are_kept_are_all_encoded():
     seen = []
     text = TextCache(size=2).rows(["a", "bb", "ccc"], counted(seen))

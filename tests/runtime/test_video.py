@@ -44,6 +44,12 @@ def test_a_saved_video_comes_back(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["cat.mp4"]
 
 
+def test_frames_that_are_uint8_already_are_written_as_they_are(tmp_path):
+    grey = torch.full((3, 32, 48, 3), 100, dtype=torch.uint8)
+    frames, _ = read_back(Video(grey, 8).save(tmp_path / "a.mp4"))
+    assert np.abs(np.stack(frames).astype(int) - 100).max() <= 3
+
+
 def test_frames_are_written_as_they_come(tmp_path):
     video = make_video()
     written = []
