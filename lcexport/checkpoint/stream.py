@@ -1,7 +1,7 @@
 """Write a checkpoint's weights as one safetensors file, in one pass and in bounded memory.
 
 The file is written front to back, so that its digest, and the digest of every source tensor, come
-out on the way. One thread reads ahead, this one checks and rounds, one digests and writes.
+out on the way. One thread reads ahead, this one checks and rounds, one writes and one digests.
 Data starts at a multiple of 4096 bytes and every tensor whose size is a multiple of 256 bytes
 starts at one: such a file can be mapped and handed to a GPU runtime as it is.
 """
@@ -232,32 +232,31 @@ def _raw(values: torch.Tensor) -> memoryview:
 
 
 class _Writer:
-    """Sequential output with its digest, in a thread: a slow disk and the arithmetic overlap."""
+    """Sequential output and its digest, a thread for each: neither waits for the other's turn."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1, "writing")
-        self._waiting: deque[Future[None]] = deque()
+        self._threads = [ThreadPoolExecutor(1, name) for name in ("writing", "digesting")]
+        self._waiting: deque[list[Future[object]]] = deque()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=True)
 
     def put(self, data: bytes | memoryview) -> None:
         """Hand over bytes that will not change any more; waits where the disk is far behind."""
         self.finish(leave=WAITING)
-        self._waiting.append(self._thread.submit(self._write, data))
+        works = zip(self._threads, (self.file.write, self.digest.update), strict=True)
+        self._waiting.append([thread.submit(work, data) for thread, work in works])
 
     def finish(self, *, leave: int = 0) -> None:
         """Wait until at most `leave` writes are ahead; raises what a finished one raised."""
         while len(self._waiting) > leave:
-            self._waiting.popleft().result()
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self.digest.update(data)
-        self.file.write(data)
+            for future in self._waiting.popleft():
+                future.result()
 
 
 def merged(values: torch.Tensor, target: Target, deltas: Deltas, first: int) -> torch.Tensor:
