@@ -1,8 +1,6 @@
 """As much of the runtime as the real TensorRT for RTX can do without a driver."""
 
 import hashlib
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,16 +34,6 @@ def plan(tmp_path) -> PlanFile:
 def test_a_stream_reader_without_a_driver(rtx, plan, workspace):
     with pytest.raises(IncompatibleError, match=r"cannot open the CUDA driver.*Install an NVIDIA"):
         TrtEngine(rtx, [plan], workspace)
-
-
-def test_a_buffer_that_is_no_plan(rtx, plan, workspace):
-    """The way of versions without stream readers; the module's own words are in the error."""
-    names = {name: getattr(rtx.trt, name) for name in ("Runtime", "ILogger")}
-    old = replace(rtx, trt=SimpleNamespace(**names))
-    with pytest.raises(
-        IncompatibleError, match=r"refused .*a.plan; got deserialize_.* None \(.+\)"
-    ):
-        TrtEngine(old, [plan], workspace)
 
 
 def test_types_and_weights(rtx, make_weights):
