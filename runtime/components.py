@@ -37,6 +37,7 @@ class Components:
     Args:
         text_tokens: L, the length of encoded prompts.
         engine_options: see `lcexport.engines.open_engine`.
+        vae_tiling: see `VideoVAE`.
         keep_engines: how many engines may be open at once, the caller's own not counted; None for
             all.
 
@@ -53,6 +54,7 @@ class Components:
         text_tokens: int,
         engine_options: Mapping[str, object] | None = None,
         keep_engines: int | None = None,
+        vae_tiling: bool = False,
     ) -> None:
         check_offload(offload)
         if keep_engines is not None and keep_engines < 1:
@@ -75,7 +77,7 @@ class Components:
             make_text = partial(TextEncoder, bundle.folder, text_tokens, self.dtype)
             self._text = Resident(make_text, self.device, offload)
             stack.callback(self._text.close)
-            make_vae = partial(VideoVAE, bundle.folder, self.dtype)
+            make_vae = partial(VideoVAE, bundle.folder, self.dtype, tiling=vae_tiling)
             self._vae = Resident(make_vae, self.device, offload)
             stack.callback(self._vae.close)
             self._resources = stack.pop_all()

@@ -22,6 +22,7 @@ def load(
     engine: Engine | None = None,
     engine_options: Mapping[str, object] | None = None,
     keep_engines: int | None = None,
+    vae_tiling: bool = False,
     check_hashes: bool = False,
 ) -> Pipeline:
     """Open a bundle for generation.
@@ -40,6 +41,8 @@ def load(
         keep_engines: how many engines, one for each graph, stay open; the one used longest ago is
             closed before another is opened. Each holds the weights once more where the backend
             shares none (ONNX Runtime, plans with their weights inside). None for all.
+        vae_tiling: encode and decode in overlapping tiles of 256 x 256 pixels: less memory, more
+            work, and frames that differ slightly.
         check_hashes: compare every file's SHA-256, the large ones included.
 
     Raises:
@@ -54,7 +57,9 @@ def load(
     if engine is not None:
         graphs = [graph for graph in graphs if graph.name != resolution]
     tokens = first.preset.text_tokens
-    components = Components(bundle, backend, device, offload, tokens, engine_options, keep_engines)
+    components = Components(
+        bundle, backend, device, offload, tokens, engine_options, keep_engines, vae_tiling
+    )
     try:
         if engine is not None:
             components.adopt(bundle.graph(resolution), engine)

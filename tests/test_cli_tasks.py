@@ -197,7 +197,9 @@ def test_a_refinement_goes_on_from_refined_frames(run, nothing_computed, asked, 
     assert code == 0
     assert "128 x 64, 26 frames" in " ".join(out.split())
     assert asked[0].items() >= {"t_thresh": 0.4, "seed": 3, "steps": 50, "image": None}.items()
-    assert np.array_equal(asked[0]["cond_video"], read_video(files / "refined.mp4")[0])
+    given = asked[0]["cond_video"]  # the end of it is all that is needed
+    assert len(given) == 2 * COND_FRAMES
+    assert np.array_equal(given, read_video(files / "refined.mp4")[0][-len(given) :])
     assert asked[0]["engines"] == {f"{RES}.refine-vc"}
 
 

@@ -15,6 +15,7 @@ from lcexport.cli.output import (
     OffloadOption,
     OutOption,
     ResolutionOption,
+    TilingOption,
     check_output,
     open_pipeline,
     step_bar,
@@ -92,6 +93,7 @@ def generate(
     enhance_hf: EnhanceOption = None,
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
     engine: EngineOption = None,
+    vae_tiling: TilingOption = False,
     check_hashes: HashesOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -129,6 +131,7 @@ def generate(
             engine=engine,
             keep_engines=keep_engines,
             check_hashes=check_hashes,
+            vae_tiling=vae_tiling,
         ) as pipe,
         progress_bars() as bar,
     ):

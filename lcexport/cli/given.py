@@ -185,13 +185,13 @@ class FirstStage:
     before: Pixels | None
     task: Task
 
-    def check(self, job: Job) -> None:
+    def check(self, bundle: Bundle, job: Job) -> None:
         """What the refinement would refuse of it later.
 
         Raises:
             UsageError: not a video of the first stage, or too few frames before it.
         """
-        stage_one_frames(self.frames, job)
+        stage_one_frames(self.frames, job, bundle)
         if self.before is not None and len(self.before) < job.cond_frames:
             raise UsageError(
                 "the video before is too short to go on from",
@@ -232,5 +232,5 @@ def refinement_for(bundle: Bundle, res: str | None, given: FirstStage) -> GraphR
             size = (built.preset.height, built.preset.width)
             if size == (height, width) and fits(built.job, frames):
                 graph = built
-    given.check(graph.job)
+    given.check(bundle, graph.job)
     return graph

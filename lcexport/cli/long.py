@@ -16,6 +16,7 @@ from lcexport.cli.output import (
     OffloadOption,
     OutOption,
     ResolutionOption,
+    TilingOption,
     check_output,
     open_pipeline,
     step_bar,
@@ -76,6 +77,7 @@ def long_video(
     offload: OffloadOption = "keep",
     keep_engines: KeepEnginesOption = None,
     engine: EngineOption = None,
+    vae_tiling: TilingOption = False,
     check_hashes: HashesOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -104,6 +106,7 @@ def long_video(
     opened = partial(
         open_pipeline, resolution=res, tasks=(), backend=backend, device=device, offload=offload,
         engine=engine, keep_engines=keep_engines, check_hashes=check_hashes,
+        vae_tiling=vae_tiling,
     )  # fmt: skip
     with progress_bars() as bar:
         with opened(bundle) as pipe:

@@ -44,6 +44,12 @@ KeepEnginesOption = Annotated[
         "time to open them again. All by default.",
     ),
 ]
+TilingOption = Annotated[
+    bool,
+    typer.Option(
+        "--vae-tiling", help="The VAE in tiles: less memory, more work, slightly other frames."
+    ),
+]
 HashesOption = Annotated[
     bool, typer.Option("--check-hashes", help="Hash the large files too, before opening them.")
 ]
@@ -59,6 +65,7 @@ def open_pipeline(
     offload: str,
     engine: Iterable[str] | None,
     check_hashes: bool,
+    vae_tiling: bool,
     keep_engines: int | None = None,
 ) -> "Pipeline":
     """The bundle at a resolution, with the tasks' engines opened; arguments are the options'."""
@@ -74,6 +81,7 @@ def open_pipeline(
         engine_options=pairs(engine or ()),
         check_hashes=check_hashes,
         keep_engines=keep_engines,
+        vae_tiling=vae_tiling,
         offload=offload,  # pyright: ignore[reportArgumentType]  # checked by `load`
     )
 

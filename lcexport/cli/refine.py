@@ -13,6 +13,7 @@ from lcexport.cli.output import (
     HashesOption,
     OffloadOption,
     OutOption,
+    TilingOption,
     check_output,
     open_pipeline,
     step_bar,
@@ -62,6 +63,7 @@ def refine(
     ] = 0.5,
     seed: Annotated[int, typer.Option(help="Of the noise and the VAE's samples.")] = 0,
     engine: EngineOption = None,
+    vae_tiling: TilingOption = False,
     check_hashes: HashesOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -84,6 +86,7 @@ def refine(
             offload=offload,
             engine=engine,
             check_hashes=check_hashes,
+            vae_tiling=vae_tiling,
         ) as pipe,
         progress_bars() as bar,
     ):

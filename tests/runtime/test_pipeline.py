@@ -65,10 +65,22 @@ def test_frames_come_one_by_one_and_are_those_of_the_video(pipe):
 
 def test_a_batch_is_decoded_with_the_vae_loaded_once(bundle, fake_engine, monkeypatch):
     loads = []
-    monkeypatch.setattr(components, "VideoVAE", lambda *a: loads.append(1) or VideoVAE(*a))
+    monkeypatch.setattr(
+        components, "VideoVAE", lambda *a, **k: loads.append(k) or VideoVAE(*a, **k)
+    )
     with load(bundle, "tiny", engine=fake_engine(1), offload="release") as pipe:
         assert len(pipe.generate(["a cat", "a dog"], steps=1)) == 2
-    assert len(loads) == 1
+    assert loads == [{"tiling": False}]
+
+
+def test_the_vae_works_in_tiles_where_it_is_told_to(bundle, fake_engine, monkeypatch):
+    tiling = []
+    monkeypatch.setattr(
+        components, "VideoVAE", lambda *a, **k: tiling.append(k) or VideoVAE(*a, **k)
+    )
+    with load(bundle, "tiny", engine=fake_engine(1), vae_tiling=True) as pipe:
+        assert pipe.generate("a cat", steps=1).frames.shape == (9, 64, 96, 3)
+    assert tiling == [{"tiling": True}]
 
 
 @pytest.mark.parametrize("prompts", [[], "a cat", None])
