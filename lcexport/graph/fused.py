@@ -168,12 +168,10 @@ class Rows:
         first, *others = node.inputs
         if kind == "RotaryEmbedding":
             return self.op(kind, [self.rows(first), *others], MICROSOFT, interleaved=1)
-        if kind == "Concat":
+        if kind == "Concat" and node.attributes["axis"].as_int() == 2:
             return self.op(kind, [self.rows(part) for part in node.inputs], axis=1)
-        if kind == "Slice":
-            start, stop, axes, *step = others
-            assert axes is not None
-            assert constant(axes) == 2
+        if kind == "Slice" and len(others) > 2 and others[2] and constant(others[2]) == 2:
+            start, stop, _, *step = others
             return self.op(kind, [self.rows(first), start, stop, self.ints([1]), *step])
         if kind == "Attention":
             return self.attention(node)
@@ -184,6 +182,8 @@ class Rows:
 
         A mask is there where the model masks text: True for keys [B, L] that count.
         """
+        if not is_plain(node):
+            raise unknown(self.function, [node])
         query, key, value, *masks = node.inputs
         inputs: list[ir.Value | None] = [self.rows(part) for part in (query, key, value)]
         if masks:
@@ -214,6 +214,27 @@ class Rows:
         node.name, node.outputs[0].name = f"fused_{kind}_{number}", f"fused_{number}"
         self.function.append(node)
         return node.outputs[0]
+
+
+def is_plain(node: ir.Node) -> bool:
+    """Whether an Attention scales nothing and does nothing more than attend, by the text's mask."""
+    given = {name: attribute.value for name, attribute in node.attributes.items()}
+    _, _, _, *masks = node.inputs
+    return (
+        given.pop("scale", None) == 1.0
+        and not any(given.values())  # the exporter writes others too, as zeros
+        and len(node.outputs) == 1
+        and (not masks or (len(masks) == 1 and is_text_mask(masks[0])))
+    )
+
+
+def is_text_mask(value: ir.Value | None) -> bool:
+    """Whether a mask is `text_mask` [B, L], spread over heads and queries."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in ("Expand", "Unsqueeze"):
+            return False
+        value = node.inputs[0]
+    return value is not None and value.name == "text_mask"
 
 
 def is_transpose(node: ir.Node) -> bool:

@@ -127,6 +127,43 @@ def test_what_is_not_recognised_is_an_error(make_graph, kind):
         fused_graph(model, HEADS)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("scale", 0.5), ("scale", None), ("is_causal", 1), ("softcap", 20.0)]
+)
+def test_an_attention_that_does_more_is_an_error(make_graph, name, value):
+    """Its replacement would leave that out."""
+    model = ir.load(make_graph())
+    attributes = next(n for n in block_of(model) if n.op_type == "Attention").attributes
+    del attributes[name]
+    if value is not None:
+        attributes.add(ir.convenience.convert_attribute(name, value))
+    with pytest.raises(BuildError, match=r"Block is not fused for ONNX Runtime; got Attention "):
+        fused_graph(model, HEADS)
+
+
+def test_a_mask_that_is_not_the_texts_is_an_error(make_graph):
+    model = ir.load(make_graph(zero_pad=False))
+    block = block_of(model)
+    node = [node for node in block if node.op_type == "Attention"][1]
+    other = ir.node("Not", [node.inputs[3]], name="other")
+    node.replace_input_with(3, other.outputs[0])
+    block.insert_before(node, other)
+    with pytest.raises(BuildError, match=r"Block is not fused for ONNX Runtime; got Attention "):
+        fused_graph(model, HEADS)
+
+
+def test_parts_put_together_otherwise_are_an_error(make_graph):
+    """Only tokens are put one behind the other."""
+    model = ir.load(make_graph(cond=1))
+    node = next(
+        n for n in block_of(model)
+        if n.op_type == "Concat" and n.predecessors()[0].op_type == "Attention"
+    )  # fmt: skip
+    node.attributes["axis"] = ir.AttrInt64("axis", 3)
+    with pytest.raises(BuildError, match=r"Block is not fused for ONNX Runtime; got Concat "):
+        fused_graph(model, HEADS)
+
+
 def test_a_bfloat16_graph_is_refused(make_graph):
     """Its casts are no part of what is recognised: nothing is fused across a rounding."""
     with pytest.raises(BuildError, match="not fused"):
