@@ -28,10 +28,11 @@ def open_engine(
     It is `like`'s where that has the same weights file open on the same device.
     """
     record = bundle.graph(resolution)
-    if isinstance(like, DitEngine) and like.source == bundle.path(WEIGHTS):
+    path = bundle.path(WEIGHTS)
+    if isinstance(like, DitEngine) and like.dit is not None and like.source == path:
         return DitEngine(like.dit, record, like.device, like.source)
-    dit = dit_from_files(bundle.path(DIT_CONFIG), bundle.path(WEIGHTS), device)
-    return DitEngine(dit, record, torch.device(device), bundle.path(WEIGHTS))
+    dit = dit_from_files(bundle.path(DIT_CONFIG), path, device)
+    return DitEngine(dit, record, torch.device(device), path)
 
 
 def require(backend: str, precision: str, device: torch.device) -> None:
@@ -45,7 +46,8 @@ def require(backend: str, precision: str, device: torch.device) -> None:
 class DitEngine(EagerEngine):
     """`dit` as an engine with the inputs and outputs of a graph.
 
-    `source` is the file its weights are from: engines of one file can use one DiT.
+    `source` is the file its weights are from: engines of one file can use one DiT, which is None
+    once this engine is closed.
     """
 
     def __init__(
@@ -68,7 +70,13 @@ class DitEngine(EagerEngine):
             return [dit(**named, num_cond_latents=clean, cache=cache, sparse=sparse)]
 
         super().__init__(forward, specs_of(record.inputs), specs_of(record.outputs), device)
-        self.dit, self.source = dit, source
+        self.dit: LongCatDiT | None = dit
+        self.source = source
+
+    def close(self) -> None:
+        """Release the weights, where no other engine uses them."""
+        super().close()
+        self.dit = None
 
 
 def specs_of(tensors: Iterable[TensorRecord]) -> tuple[TensorSpec, ...]:

@@ -1,6 +1,7 @@
 """A run against an earlier one of the same work on the same device."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -74,6 +75,9 @@ def read_old(path: Path, schema_version: int) -> Document:
     for name, kind in parts.items():
         if not isinstance(old.get(name), kind):
             raise InputError(f"{path} is not whole", got=f"no {name}", do="Measure again.")
+    for one in old["contestants"]:
+        if not isinstance(one, dict) or not isinstance(one.get("name"), str):
+            raise InputError(f"{path} is not whole", got="a contestant without a name")
     return old
 
 
@@ -84,6 +88,7 @@ def check_comparable(old: Document, new: Document) -> None:
 
     Raises:
         IncompatibleError: names the first thing that differs.
+        InputError: the earlier run has no figures of a contestant.
     """
     for part in ("device", "subject", "options"):
         for name, value in new[part].items():
@@ -109,6 +114,10 @@ def check_comparable(old: Document, new: Document) -> None:
                     got=f"{name} {then.get(name)}",
                     wanted=f"{name} {now[name]}",
                 )
+        if not any((figure(then, path) or 0) > 0 for path in METRICS.values()):
+            raise InputError(
+                f"the earlier run has no figures of {now['name']}", do="Measure again."
+            )
 
 
 def pairs_of(old: Document, new: Document) -> Iterator[tuple[Document, Document]]:
@@ -120,7 +129,11 @@ def pairs_of(old: Document, new: Document) -> Iterator[tuple[Document, Document]
 
 
 def changes(old: Document, new: Document, limit: float) -> list[Change]:
-    """Every figure that both runs have, contestant by contestant."""
+    """Every figure that both runs have, contestant by contestant.
+
+    Raises:
+        IncompatibleError: there is none: nothing would be compared, and nothing be worse.
+    """
     found = []
     for then, now in pairs_of(old, new):
         for metric, path in METRICS.items():
@@ -130,6 +143,8 @@ def changes(old: Document, new: Document, limit: float) -> list[Change]:
             change = after / before - 1
             regressed = change > limit
             found.append(Change(now["name"], metric, before, after, change, regressed))
+    if not found:
+        raise IncompatibleError("the two runs have no figure in common", do="Measure both again.")
     return found
 
 
@@ -138,4 +153,5 @@ def figure(contestant: Document, path: tuple[str, ...]) -> float | None:
     value: Any = contestant
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, int | float) else None
+    number = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if number else None

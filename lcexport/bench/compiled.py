@@ -10,7 +10,9 @@ from lcexport.engines import Engine
 from lcexport.engines.bundle import GraphRecord
 from lcexport.golden import branch_inputs, golden_inputs, run_once
 
-COMPILE = "compile"  # a contestant's name, not a backend's: it is compiled anew in each process
+# A contestant's name, not a backend's. Inductor's files of one process would serve the next: one
+# that starts cold is given an empty folder for them (`lcexport.bench.run.served`).
+COMPILE = "compile"
 
 
 def compiled(eager: Engine, graph: GraphRecord) -> DitEngine:
@@ -20,6 +22,7 @@ def compiled(eager: Engine, graph: GraphRecord) -> DitEngine:
         IncompatibleError: torch.compile does not work here.
     """
     assert isinstance(eager, DitEngine)
+    assert eager.dit is not None
     module: Any = torch.compile(eager.dit)
     engine = DitEngine(module, graph, eager.device, eager.source)
     try:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,11 +15,13 @@ from lcexport.bench.plot import check_plot, save_plot
 from lcexport.bench.steps import measure_steps
 from lcexport.bench.subject import Contestant, Subject
 from lcexport.configs.errors import LcexportError, UsageError
+from lcexport.engines.trt.worker import child_environment, error_from
 from lcexport.machine import device_facts, environment
 
 SCHEMA_VERSION = 1
 MAX_REGRESSION = 0.08  # a share
-COMMAND = (sys.executable, "-m", "lcexport.bench.service")
+COMMAND = (sys.executable, "-P", "-m", "lcexport.bench.service")
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # what torch.compile leaves behind
 MOST_STEPS, MOST_REPEATS, MOST_REQUESTS = 1000, 1000, 1000
 
 OnProgress = Callable[[str, int, int], None]
@@ -90,7 +93,7 @@ def bench(
         show("each in a process", done, len(subject.contestants))
         one = document["contestants"][done]
         one |= steps[contestant.name] | served(contestant, subject, options)
-        one["files"] = contestant.files()
+        one["files"] = contestant.files(subject.device)
     show("each in a process", len(subject.contestants), len(subject.contestants))
     if outputs.old is not None:
         found = changes(outputs.old, document, outputs.limit)
@@ -126,8 +129,11 @@ def described(subject: Subject, options: Options) -> dict[str, Any]:
 def served(contestant: Contestant, subject: Subject, options: Options) -> dict[str, Any]:
     """Start `service` for one contestant and wait for its figures.
 
+    What was compiled here before, for the steps in turn, is hidden from it: it starts cold.
+
     Raises:
-        LcexportError: it ended without them; says the last thing it said.
+        LcexportError: the process' own error under the contestant's name, of its own class; or it
+            ended without a word of one: says the last thing it said.
     """
     request = {
         "folder": str(contestant.bundle.folder.absolute()),
@@ -138,17 +144,27 @@ def served(contestant: Contestant, subject: Subject, options: Options) -> dict[s
         "steps": options.steps,
         "repeats": options.repeats,
         "requests": options.requests,
-        "started": time.time(),
+        "started": time.monotonic(),
     }
-    command = [*COMMAND, json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
+        folders = {name: f"{caches}/{name}" for name in CACHES}
+        done = subprocess.run(
+            [*COMMAND, json.dumps(request)],
+            env=child_environment() | folders,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing said"]
         raise LcexportError(
             f"{contestant.name} failed in a process of its own",
             got=f"status {done.returncode}: {said[-1]}",
         )
-    return json.loads(done.stdout.splitlines()[-1])
+    got = json.loads(done.stdout.splitlines()[-1])
+    if error := got.get("error"):
+        raise error_from({**error, "what": f"{contestant.name}: {error['what']}"})
+    return got
 
 
 def regressions(document: Document) -> list[str]:

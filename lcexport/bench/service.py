@@ -1,17 +1,20 @@
 """A fresh process that serves requests as a service would: load, first step, request after request.
 
 It has one backend in it and nothing else, so that its peak of memory is that backend's. It is
-started with one argument, a JSON object of `serve`'s arguments, and prints another.
+started with one argument, a JSON object of `serve`'s arguments, and prints another: its figures, or
+the error that kept it from them.
 """
 
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from lcexport.configs.errors import LcexportError
 from lcexport.configs.tasks import Task
 from lcexport.engines.host import peak_rss_bytes
 from lcexport.runtime import CancelToken, Pipeline, StepEvent, load
@@ -41,22 +44,24 @@ def serve(
         backend: of `lcexport.engines.BACKENDS`, or `compile`.
         repeats: how often each stage is run.
         requests: whole ones, back to back, after the first.
-        started: `time.time()` before this process was.
+        started: `time.monotonic()`, one clock for all processes, before this one was.
     """
     where = torch.device(device)
     free_at_start = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else 0
-    begin = time.time()
+    begin = time.monotonic()
+    texts = prompts()
     with opened(folder, resolution, task, backend, device) as pipe:
-        loaded = time.time()
+        loaded = time.monotonic()
         stepped: list[float] = []
-        request(pipe, task, steps, lambda event: stepped.append(time.time()))
+        request(pipe, next(texts), task, steps, lambda event: stepped.append(time.monotonic()))
         seconds = [
-            seconds_of(lambda: request(pipe, task, steps, None), where) for _ in range(requests)
+            seconds_of(lambda: request(pipe, next(texts), task, steps, None), where)
+            for _ in range(requests)
         ]
         got: dict[str, object] = {
             "load_seconds": loaded - begin,
             "cold_start_seconds": stepped[0] - started,
-            **{name: summary(found) for name, found in stages(pipe, task, repeats).items()},
+            **{name: summary(of) for name, of in stages(pipe, texts, task, repeats).items()},
         }
         if seconds:
             got["requests"] = summary(seconds)
@@ -80,7 +85,12 @@ def opened(folder: str, resolution: str, task: Task, backend: str, device: str) 
     return pipe
 
 
-def request(pipe: Pipeline, task: Task, steps: int, on_step: OnStep | None) -> None:
+def prompts() -> Iterator[str]:
+    """Another one each time: a pipeline keeps what it encoded, and a repeat would find it there."""
+    return (f"{PROMPT} {number}" for number in itertools.count())
+
+
+def request(pipe: Pipeline, prompt: str, task: Task, steps: int, on_step: OnStep | None) -> None:
     """One video of `steps` steps, from prompt to frames."""
     job = pipe.graph(task).job
     shared: dict[str, Any] = {"seed": SEED, "steps": steps, "on_step": on_step}
@@ -91,10 +101,10 @@ def request(pipe: Pipeline, task: Task, steps: int, on_step: OnStep | None) -> N
         video = pixels(job.preset.frames, job.preset.height, job.preset.width)
         spatial = job.task.startswith("spatial")
         # A threshold of 1 cuts nothing off the schedule.
-        pipe.refine(video, PROMPT, cond_video=before, spatial=spatial, t_thresh=1.0, **shared)
+        pipe.refine(video, prompt, cond_video=before, spatial=spatial, t_thresh=1.0, **shared)
     else:
         cache = job.task != "vc-uncached"
-        pipe.generate(PROMPT, task=task, video=before, cache=cache, enhance_hf=False, **shared)
+        pipe.generate(prompt, task=task, video=before, cache=cache, enhance_hf=False, **shared)
 
 
 def pixels(frames: int, height: int, width: int) -> Pixels:
@@ -104,14 +114,16 @@ def pixels(frames: int, height: int, width: int) -> Pixels:
     return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).numpy()
 
 
-def stages(pipe: Pipeline, task: Task, repeats: int) -> dict[str, list[float]]:
-    """Seconds of encoding one prompt, of a continuation's cache, and of decoding one video."""
+def stages(
+    pipe: Pipeline, texts: Iterator[str], task: Task, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of encoding one of `texts`, of a continuation's cache, and of decoding one video."""
     job, parts, device = pipe.graph(task).job, pipe.components, pipe.components.device
     generator = torch.Generator().manual_seed(SEED)
     channels, frames, *size = job.latent_shape
     whole = torch.randn(1, channels, frames + job.cached_latents, *size, generator=generator)
     runs: dict[str, Callable[[], object]] = {
-        "text": lambda: pipe.encode([PROMPT]),
+        "text": lambda: pipe.encode([next(texts)]),
         "decode": lambda: parts.decode(whole.to(device), CancelToken()),
     }
     if job.cached_latents:
@@ -125,7 +137,13 @@ def stages(pipe: Pipeline, task: Task, repeats: int) -> dict[str, list[float]]:
 
 def main() -> None:
     """The process."""
-    got = serve(**json.loads(sys.argv[1]))
+    try:
+        got = serve(**json.loads(sys.argv[1]))
+    except LcexportError as error:
+        # here, so that what is measured has no part of it in its memory and its start
+        from lcexport.engines.trt.worker import value_from
+
+        got = {"error": value_from(error)}
     sys.stdout.write(json.dumps(got) + "\n")
 
 

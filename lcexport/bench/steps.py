@@ -13,6 +13,7 @@ from typing import Self
 
 import torch
 
+from lcexport.bench.compiled import COMPILE
 from lcexport.bench.subject import EAGER, Contestant, Subject
 from lcexport.engines import Engine, TensorSpec, is_cached
 from lcexport.engines.host import available_memory_bytes, release
@@ -24,7 +25,7 @@ from lcexport.runtime.schedule import Schedule, schedule
 from lcexport.runtime.text import Text
 from lcexport.timing import Mark, Products, mark, matrix_products, seconds_between, summary
 
-ROOM = 1.25  # times the weights, for each engine: what flows between is in the quarter
+ROOM = 1.25  # times the weights as they are held: what flows between is in the quarter
 
 OnTurn = Callable[[int, int], None]
 
@@ -126,24 +127,44 @@ def measure_steps(
     groups = grouped(subject)
     found: dict[str, dict[str, object]] = {}
     for group in groups:
-        with ExitStack() as stack:
-            steppers = opened(group, subject, stack)
-            rates = take_turns(steppers, subject, steps, repeats, on_turn)
-            for stepper in steppers:
-                peak = rates[stepper.contestant.dtype]
-                found[stepper.contestant.name] = figures(stepper, subject, peak)
-        del steppers
+        found |= measured(group, subject, steps, repeats, on_turn)
         torch.compiler.reset()  # its caches would keep the weights
         release()
     return found, "in turn" if len(groups) == 1 else "one after another: not all fit in memory"
+
+
+def measured(
+    group: Sequence[Contestant], subject: Subject, steps: int, repeats: int, on_turn: OnTurn | None
+) -> dict[str, dict[str, object]]:
+    """Figures of a group by name. No engine, and so no weights, outlive the call."""
+    with ExitStack() as stack:
+        steppers = opened(group, subject, stack)
+        rates = take_turns(steppers, subject, steps, repeats, on_turn)
+        return {
+            stepper.contestant.name: figures(stepper, subject, rates[stepper.contestant.dtype])
+            for stepper in steppers
+        }
 
 
 def grouped(subject: Subject) -> list[Sequence[Contestant]]:
     """All contestants at once where the memory holds them, each on its own otherwise."""
     on_gpu = subject.device.type == "cuda"
     free = torch.cuda.mem_get_info(subject.device)[0] if on_gpu else available_memory_bytes()
-    needed = ROOM * sum(contestant.weights_bytes for contestant in subject.contestants)
+    needed = ROOM * held_bytes(subject)
     return [subject.contestants] if needed < free else [[c] for c in subject.contestants]
+
+
+def held_bytes(subject: Subject) -> int:
+    """The weights of all contestants at once; `opened` lets torch.compile share eager torch's."""
+    eager: set[Path] = set()
+    total = 0
+    for contestant in subject.contestants:
+        folder = contestant.bundle.folder
+        if contestant.backend == EAGER:
+            eager.add(folder)
+        if contestant.backend != COMPILE or folder not in eager:
+            total += contestant.held_bytes(subject.config, subject.device)
+    return total
 
 
 def opened(group: Sequence[Contestant], subject: Subject, stack: ExitStack) -> list[Stepper]:
@@ -168,9 +189,11 @@ def take_turns(
 
     Returns operations per second of the fastest product in each round, by dtype.
     """
-    dtypes = {stepper.contestant.dtype for stepper in steppers}
-    products = {dtype: list(products_of(subject, dtype)) for dtype in dtypes}
-    rates: Rates = {dtype: [] for dtype in dtypes}
+    batches: dict[torch.dtype, int] = {}
+    for one in (stepper.contestant for stepper in steppers):
+        batches[one.dtype] = max(one.graph.batch, batches.get(one.dtype, 1))
+    products = {dtype: list(products_of(subject, dtype, of)) for dtype, of in batches.items()}
+    rates: Rates = {dtype: [] for dtype in products}
     plan = schedule(steps)
     for turn in range(repeats):
         for dtype, tries in products.items():
@@ -183,9 +206,10 @@ def take_turns(
     return rates
 
 
-def products_of(subject: Subject, dtype: torch.dtype) -> Iterator[Products]:
-    """The model's products at the rows of one pass, each run once."""
-    for products in matrix_products(subject.config, subject.job.tokens, dtype, subject.device):
+def products_of(subject: Subject, dtype: torch.dtype, batch: int) -> Iterator[Products]:
+    """The model's products at the rows of one pass over `batch` samples, each run once."""
+    rows = batch * subject.job.tokens
+    for products in matrix_products(subject.config, rows, dtype, subject.device):
         products.run()
         yield products
 

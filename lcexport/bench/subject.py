@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 
 from lcexport.bench.compiled import COMPILE, compiled
+from lcexport.builder.plan import weights_bytes
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.configs.tasks import Job, job_name, task_from
 from lcexport.engines import BACKENDS, COMPILED, Engine, open_engine
 from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle, GraphRecord, read_manifest
+from lcexport.engines.ort import graph_file
 from lcexport.engines.ort_providers import plans_model
 from lcexport.flops import Flops, job_flops, share_saved
 from lcexport.qualify.run import require
@@ -42,6 +44,14 @@ class Contestant:
     def weights_bytes(self) -> int:
         return self.bundle.manifest.files[WEIGHTS].bytes
 
+    def held_bytes(self, config: DiTConfig, device: torch.device) -> int:
+        """The weights as its engine holds them, open on `device`; an estimate."""
+        if self.runs == EAGER:  # int8 is multiplied out
+            return weights_bytes(config, self.bundle.manifest.precision)
+        # On processors ONNX Runtime repacks the weights beside the mapped file.
+        repacks = self.backend == "onnxruntime" and device.type == "cpu"
+        return (1 + repacks) * self.weights_bytes
+
     def open(self, device: torch.device, like: Engine | None = None) -> Engine:
         """Open its engine; `like` is an eager one of the same bundle, to share weights with."""
         like = like if self.runs == EAGER else None
@@ -59,17 +69,22 @@ class Contestant:
             "weights_dtype": manifest.weights_dtype,
         }
 
-    def files(self) -> dict[str, int]:
-        """Bytes on the disk: its weights, graphs and plans, the other components, all of these."""
+    def files(self, device: torch.device) -> dict[str, int]:
+        """Bytes on the disk: its weights, graph and plans, the other components, all of these.
+
+        The graph is the one that the backend opens on `device`; 0 where it opens none.
+        """
         files = self.bundle.manifest.files
         product = self.backend.removeprefix("onnxruntime-")
         record = self.bundle.manifest.engines.get(product, {}).get(self.graph.name)
         plans = {plan.file for plan in record.plans} if record else set()
-        graphs = (self.graph.file, self.graph.fused)
+        graph = record.ep_context if record and product != self.backend else None
+        if self.backend == "onnxruntime":
+            graph = graph_file(self.graph, device)
         components = ("text_encoder/", "tokenizer/", "vae/")
         sizes = {
             "weights_bytes": files[WEIGHTS].bytes,
-            "graph_bytes": sum(files[name].bytes for name in filter(None, graphs)),
+            "graph_bytes": files[graph].bytes if graph else 0,
             "plans_bytes": sum(files[name].bytes for name in plans),
             "components_bytes": sum(
                 record.bytes for name, record in files.items() if name.startswith(components)

@@ -2,16 +2,20 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from lcexport.bench import example
+from lcexport.bench import run as bench_run
 from lcexport.bench.example import batches_from, example_bundles
+from lcexport.bench.run import CACHES, Options, served
 from lcexport.bench.subject import subject_from
 from lcexport.configs import preset_from
 from lcexport.configs.errors import LcexportError, UsageError
+from lcexport.configs.tasks import jobs_for
 from lcexport.demo import SIBLINGS
 
 
@@ -134,12 +138,30 @@ def test_an_earlier_run_of_another_size_is_refused_before_anything_is_measured(
 
 
 def test_a_process_that_fails_says_why(demo_bundle, monkeypatch):
-    from lcexport.bench import run as bench_run
-
     subject = subject_from([demo_bundle], "cpu", ["eager"])
     monkeypatch.setattr(bench_run, "COMMAND", (sys.executable, "-c", "raise SystemExit('broken')"))
     with pytest.raises(LcexportError, match=r"eager failed in a process.*status 1: broken"):
-        bench_run.served(subject.contestants[0], subject, bench_run.Options())
+        served(subject.contestants[0], subject, Options())
+
+
+def test_a_process_own_error_keeps_its_class(demo_bundle):
+    subject = subject_from([demo_bundle], "cpu", ["onnxruntime"])
+    (one,) = subject.contestants
+    with pytest.raises(UsageError, match=r"onnxruntime: .*not built for this") as raised:
+        served(one, replace(subject, job=jobs_for(preset_from("480p"), "t2v")[0]), Options())
+    assert raised.value.exit_code == 2
+
+
+def test_a_process_that_starts_cold_finds_nothing_compiled(demo_bundle, monkeypatch, tmp_path):
+    """The parent's caches hold what it has just compiled for the steps in turn."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    say = f"import json, os; print(json.dumps({{n: os.environ[n] for n in {CACHES}}}))"
+    monkeypatch.setattr(bench_run, "COMMAND", (sys.executable, "-c", say))
+    subject = subject_from([demo_bundle], "cpu", ["compile"])
+    first, second = (served(subject.contestants[0], subject, Options()) for _ in range(2))
+    folders = [*first.values(), *second.values()]
+    assert len({*folders, str(tmp_path)}) == 5
+    assert not any(Path(folder).parent.exists() for folder in folders)
 
 
 def test_the_example_is_the_demos_big_sibling():

@@ -86,6 +86,8 @@ def test_an_earlier_run_is_read(tmp_path):
         ("[]", "not what `lcexport bench --json` prints"),
         ('{"schema_version": 1}', "not what `lcexport bench --json` prints"),
         ('{"schema_version": 1, "kind": "bench"}', "not whole; got no device"),
+        (json.dumps(OLD | {"contestants": [1]}), "not whole; got a contestant without a name"),
+        (json.dumps(OLD | {"contestants": [{"name": []}]}), "a contestant without a name"),
     ],
 )
 def test_a_file_that_is_no_earlier_run(tmp_path, text, said):
@@ -108,3 +110,18 @@ def test_a_limit_is_a_percentage(text, share):
 def test_a_limit_that_is_none(text):
     with pytest.raises(UsageError, match="not a limit"):
         limit_from(text)
+
+
+@pytest.mark.parametrize("seconds", [0, "2", None, float("nan")])
+def test_an_earlier_run_without_figures_is_refused_before_anything_is_measured(seconds):
+    bare = changed("contestants", 0, "step", to={"median_seconds": seconds})
+    bare["contestants"][0].update(text={}, host_peak_bytes=seconds)
+    with pytest.raises(InputError, match="no figures of eager"):
+        check_comparable(bare, OLD)
+
+
+def test_no_figure_in_common_is_no_pass():
+    new = changed("contestants", 0, "step", to={})
+    new["contestants"][0].update(text={}, host_peak_bytes=None)
+    with pytest.raises(IncompatibleError, match="no figure in common"):
+        changes(OLD, new, 0.08)

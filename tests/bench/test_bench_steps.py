@@ -1,5 +1,6 @@
 """Steps in turn, each engine's runs apart from what is around them."""
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 
 from lcexport.bench import steps
-from lcexport.bench.steps import grouped, measure_steps, take_turns
+from lcexport.bench.steps import ROOM, grouped, held_bytes, measure_steps, take_turns
 from lcexport.bench.subject import subject_from
+from lcexport.builder.plan import weights_bytes
+from lcexport.engines.bundle import WEIGHTS, FileRecord
 
 
 @pytest.fixture(autouse=True)
@@ -18,18 +21,27 @@ def _uncompiled(monkeypatch):
 
 def test_contestants_take_turns_and_another_is_first_each_time(monkeypatch):
     order: list[str] = []
-    contestant = SimpleNamespace(dtype=torch.float32)
     rivals: Any = [
-        SimpleNamespace(contestant=contestant, sample=lambda plan, name=name: order.append(name))
-        for name in "abc"
+        SimpleNamespace(
+            contestant=SimpleNamespace(dtype=torch.float32, graph=SimpleNamespace(batch=batch)),
+            sample=lambda plan, name=name: order.append(name),
+        )
+        for name, batch in zip("abc", (1, 2, 1), strict=True)
     ]
     rate = SimpleNamespace(per_second=lambda device: order.append("product") or 7.0)
-    monkeypatch.setattr(steps, "products_of", lambda subject, dtype: [rate])
+    batches: list[int] = []
+
+    def products_of(subject, dtype, batch):
+        batches.append(batch)
+        return [rate]
+
+    monkeypatch.setattr(steps, "products_of", products_of)
     subject: Any = SimpleNamespace(device=torch.device("cpu"))
     rates = take_turns(rivals, subject, 2, 4, None)
     turns = [["product", *turn] for turn in ("abc", "bca", "cab", "abc")]
     assert order == [name for turn in turns for name in turn]
     assert rates == {torch.float32: [7.0] * 4}
+    assert batches == [2]  # the peak at the rows of the largest
 
 
 def test_every_step_of_every_contestant_is_kept(demo_bundle, pair):
@@ -84,3 +96,58 @@ def test_where_the_memory_does_not_hold_all_each_is_on_its_own(demo_bundle, monk
     found, order = measure_steps(subject, 1, 1)
     assert order.startswith("one after another")
     assert list(found) == ["onnxruntime", "eager"]
+
+
+def test_one_after_another_the_weights_of_one_are_gone_before_the_next(
+    demo_bundle, pair, monkeypatch
+):
+    subject = subject_from([demo_bundle, pair], "cpu", ["eager"])
+    monkeypatch.setattr(steps, "available_memory_bytes", lambda: 0)
+    weights: list[weakref.ref[torch.Tensor]] = []
+    real = steps.opened
+
+    def opened(*given):
+        assert all(ref() is None for ref in weights)
+        steppers = real(*given)
+        (engine,) = (stepper.engine._engine for stepper in steppers)
+        weights.append(weakref.ref(next(engine.dit.parameters())))  # pyright: ignore[reportAttributeAccessIssue]
+        return steppers
+
+    monkeypatch.setattr(steps, "opened", opened)
+    measure_steps(subject, 1, 1)
+    assert [ref() for ref in weights] == [None, None]
+
+
+def test_a_closed_eager_engine_keeps_no_weights(demo_bundle):
+    (eager,) = subject_from([demo_bundle], "cpu", ["eager"]).contestants
+    engine: Any = eager.open(torch.device("cpu"))
+    weights = weakref.ref(next(engine.dit.parameters()))
+    engine.close()
+    assert weights() is None
+    with eager.open(torch.device("cpu"), engine) as again:  # and none are taken over from it
+        assert again.dit is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_weights_count_as_each_backend_holds_them(demo_bundle, pair):
+    def held(folders, backends) -> int:
+        return held_bytes(subject_from(folders, "cpu", backends))
+
+    subject = subject_from([demo_bundle], "cpu", ["eager"])
+    (one,) = subject.contestants
+    whole = weights_bytes(subject.config, "fp32")
+    assert held([demo_bundle], ["eager"]) == held([demo_bundle], ["compile"]) == whole
+    assert held([demo_bundle], ["eager", "compile"]) == whole  # shared
+    assert held([demo_bundle], ["compile", "eager"]) == 2 * whole  # each has its own
+    assert held([demo_bundle, pair], ["eager"]) == 2 * whole
+    assert held([demo_bundle], ["onnxruntime"]) == 2 * one.weights_bytes
+    assert ROOM > 1
+
+
+def test_int8_weights_count_as_what_eager_torch_makes_of_them(demo_bundle):
+    subject = subject_from([demo_bundle], "cpu", ["eager"])
+    (one,) = subject.contestants
+    bundle = one.bundle
+    small = bundle.manifest.files | {WEIGHTS: FileRecord(bytes=10, sha256="0" * 64)}
+    bundle.manifest = bundle.manifest.model_copy(update={"files": small, "weights_dtype": "int8"})
+    assert one.weights_bytes == 10
+    assert held_bytes(subject) == weights_bytes(subject.config, "fp32")

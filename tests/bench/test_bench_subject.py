@@ -10,7 +10,7 @@ from lcexport.configs import preset_from
 from lcexport.configs.dit import BlockSparseParams, DiTConfig
 from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.configs.tasks import jobs_for
-from lcexport.engines.bundle import WEIGHTS
+from lcexport.engines.bundle import WEIGHTS, EngineRecord, FileRecord
 from lcexport.flops import forward_flops, job_flops, share_saved
 from lcexport.qualify import run as qualify_run
 
@@ -91,8 +91,33 @@ def test_block_sparse_attention_saves_operations():
 
 def test_files_are_those_of_the_manifest(demo_bundle):
     (one,) = subject_from([demo_bundle], "cpu", ["onnxruntime"]).contestants
-    files = one.files()
+    files = one.files(torch.device("cpu"))
     assert files["weights_bytes"] == (demo_bundle / WEIGHTS).stat().st_size
-    assert files["graph_bytes"] == (demo_bundle / "dit.64x96x9.onnx").stat().st_size
+    assert files["graph_bytes"] == (demo_bundle / "dit.64x96x9.ort.onnx").stat().st_size
     assert files["plans_bytes"] == 0
     assert files["total_bytes"] == sum(files.values()) - files["total_bytes"]
+
+
+def test_the_graph_is_the_one_that_the_backend_opens(demo_bundle):
+    contestants = subject_from(
+        [demo_bundle], "cpu", ["onnxruntime", "eager", "compile"]
+    ).contestants
+    ort, *others = contestants
+    on_gpu = ort.files(torch.device("cuda"))["graph_bytes"]
+    assert on_gpu == (demo_bundle / "dit.64x96x9.onnx").stat().st_size
+    none = (*others, replace(ort, backend="tensorrt"), replace(ort, backend="aotinductor"))
+    assert [one.files(torch.device("cpu"))["graph_bytes"] for one in none] == [0, 0, 0, 0]
+
+
+def test_over_plans_the_graph_is_the_model_that_wraps_them(demo_bundle):
+    (one,) = subject_from([demo_bundle], "cpu", ["onnxruntime"]).contestants
+    manifest = one.bundle.manifest
+    record = EngineRecord.model_construct(plans=(), ep_context="wrapped.onnx")
+    files = manifest.files | {"wrapped.onnx": FileRecord(bytes=12345, sha256="0" * 64)}
+    engines = {"tensorrt": {one.graph.name: record}}
+    one.bundle.manifest = manifest.model_copy(update={"files": files, "engines": engines})
+    sizes = {
+        backend: replace(one, backend=backend).files(torch.device("cuda"))["graph_bytes"]
+        for backend in ("onnxruntime-tensorrt", "tensorrt")
+    }
+    assert sizes == {"onnxruntime-tensorrt": 12345, "tensorrt": 0}
