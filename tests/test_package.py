@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from lcexport.bench import run
+from lcexport.builder import aoti
+from lcexport.engines.trt import probe, worker
+from lcexport.qualify import costs
+
 ROOT = Path(__file__).parent.parent
 LINKS = ("engines", "runtime", "configs")
 FOLDERS = ("lcexport", *LINKS, "tests", "benchmarks", "tools", "docs", ".ci")
@@ -46,6 +51,23 @@ def test_the_version_is_known_without_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.split() == [version("lcexport"), "False"]
+
+
+@pytest.mark.parametrize("module", [worker, probe, aoti, costs, run], ids=lambda m: m.__name__)
+def test_a_file_in_the_current_folder_is_not_run_by_a_child(module, tmp_path: Path):
+    """It is started as a child is, but says what it found instead of working."""
+    (tmp_path / "lcexport.py").write_text("print('hostile')")
+    python, *flags, how, _ = module.COMMAND
+    assert how in ("-c", "-m")
+
+    def said(*flags: str) -> str:
+        words = [python, *flags, "-c", "import lcexport; print(lcexport.__file__)"]
+        environment = worker.child_environment()
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return done.stdout
+
+    assert said().startswith("hostile")
+    assert Path(said(*flags).strip()).samefile(ROOT / "lcexport" / "__init__.py")
 
 
 def test_an_unknown_attribute_of_the_package_is_an_attribute_error():

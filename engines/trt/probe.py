@@ -22,7 +22,7 @@ from lcexport.engines.trt.product import (
 )
 from lcexport.engines.trt.worker import child_environment, error_from, private_stdout, value_from
 
-COMMAND = (sys.executable, "-c", "from lcexport.engines.trt.probe import main; main()")
+COMMAND = (sys.executable, "-P", "-c", "from lcexport.engines.trt.probe import main; main()")
 SECONDS = 120  # a driver may take some to wake a GPU; a builder that takes longer hangs
 SHOWN_LINES = 3
 

@@ -32,8 +32,9 @@ from lcexport.engines.trt.options import TrtOptions
 from lcexport.engines.trt.product import MessageLog, ProductName, open_product
 from lcexport.engines.trt.sparse_plugin import Kernel, register_plugin
 
-# Not `-m`: the module may have been imported by its package by then.
-COMMAND = (sys.executable, "-c", "from lcexport.engines.trt.worker import main; main()")
+# Not `-m`: the module may have been imported by its package by then. `-P`: a file in the folder we
+# happen to be in, of the name of a module, is not run; ours is found by `child_environment`.
+COMMAND = (sys.executable, "-P", "-c", "from lcexport.engines.trt.worker import main; main()")
 POLL_SECONDS = 0.1
 SHOWN_MESSAGES = 3
 PLAN = "plan"

@@ -31,7 +31,7 @@ from lcexport.engines.trt.worker import child, converse, private_folder
 from lcexport.graph.parts import parts_of
 
 Stage = Callable[[str, Callable[[], StageOutput]], DoneStage]
-COMMAND = (sys.executable, "-c", "from lcexport.builder.aoti_worker import main; main()")
+COMMAND = (sys.executable, "-P", "-c", "from lcexport.builder.aoti_worker import main; main()")
 SUFFIX = ".pt2"
 ADVICE = (
     "Free some memory: a part needs 1 to 2 GB, whatever the size of the model.",

@@ -10,6 +10,7 @@ import torch
 
 from lcexport.configs.errors import LcexportError
 from lcexport.engines.bundle import EngineRecord, TensorRecord
+from lcexport.engines.trt.worker import child_environment
 from lcexport.qualify.claims import Check, Claim, Result, measured, untested
 from lcexport.qualify.subject import Subject
 from lcexport.timing import seconds_of
@@ -32,7 +33,7 @@ SEAMS = Claim(
     "Bytes that one segment writes and another reads, from the manifest; on a GPU also the time "
     "they take at the bandwidth of a copy on it. An upper bound: one plan writes most of them too.",
 )
-COMMAND = (sys.executable, "-m", "lcexport.qualify.cold")
+COMMAND = (sys.executable, "-P", "-m", "lcexport.qualify.cold")
 COPY_BYTES = 1 << 30
 COPIES = 5
 
@@ -64,7 +65,9 @@ def run_cold(subject: Subject) -> dict[str, object]:
         "device": str(subject.device),
     }
     command = [*COMMAND, json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=child_environment(), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["nothing said"]
         raise LcexportError(
