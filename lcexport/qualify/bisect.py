@@ -89,6 +89,8 @@ def obstacle(subject: Subject) -> str:
     """Why this engine cannot be bisected here; empty where it can."""
     if subject.backend == "eager":
         return "eager is what the others are compared with"
+    if subject.backend == "aotinductor":
+        return "only ONNX Runtime and TensorRT are bisected"
     if subject.engine_record is not None and subject.engine_record.calls:
         return "its blocks are one plan with other weights: bisect an engine with weights inside"
     if subject.backend == "onnxruntime" and subject.bulk != torch.float32:

@@ -87,6 +87,9 @@ def test_what_cannot_be_bisected_is_not_tested(subject_of, pair_bundle, monkeypa
         return result.why
 
     assert "eager" in why(subject_of(pair_bundle, "eager"))
+    assert why(subject_of(pair_bundle, "aotinductor")) == (
+        "only ONNX Runtime and TensorRT are bisected"
+    )
     low = subject_of(pair_bundle)
     low.bundle.manifest = low.bundle.manifest.model_copy(update={"precision": "bf16"})
     assert "bisect an fp32 bundle" in why(low)
