@@ -249,11 +249,21 @@ def test_it_has_no_options_of_its_own(bundle):
         open_engine(BACKEND, bundle, "tiny", options={"cuda_graph": True})
 
 
+@pytest.fixture
+def tf32_chosen():
+    """A process that has chosen TF32; pytest's monkeypatch cannot put this attribute back."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    yield
+    matmul.fp32_precision = before
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("tf32_chosen")
 def test_a_gpu_computes_the_originals_numbers(make, golden):
     case = golden("dit_tiny_t2v")
     given = make(9, device="cuda")
-    torch.backends.cuda.matmul.fp32_precision = "tf32"  # a process that has chosen so
     with open_engine(BACKEND, given, "tiny", "cuda") as engine:
         inputs = {name: tensor.cuda() for name, tensor in inputs_of(case).items()}
         velocity = torch.empty(engine.outputs[0].shape, device="cuda")
