@@ -87,6 +87,8 @@ def refine_long(
 
     def kept(found: Journal) -> int | None:
         before = found.request["video"]
+        if not isinstance(before, list):  # the folder is a generation's
+            return None
         whole = [s for s in found.segments if s.skipped + s.frames == preset.frames * rate]
         return len(whole) if before == shown[: len(before)] else None
 

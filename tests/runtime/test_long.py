@@ -271,7 +271,7 @@ def test_cancelling_keeps_what_is_finished(pipe, fake, tmp_path):
 
 @pytest.mark.parametrize("uint8", [True, False])
 def test_no_more_than_one_segment_is_in_memory(pipe, fake, tmp_path, uint8, monkeypatch):
-    monkeypatch.setattr(pipe.components, "encode_frames", lambda pixels, generator: pixels)
+    monkeypatch.setattr(pipe.components, "encode_frames", lambda pixels, *_: pixels)
     video = generate_long(pipe, "a cat", tmp_path, segments=11, uint8=uint8)
     gc.collect()
     assert len(fake) == 11
