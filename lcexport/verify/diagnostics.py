@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lcexport.configs.errors import UsageError
-from lcexport.engines import Engine
+from lcexport.engines import Engine, is_cached
 from lcexport.runtime.guidance import cfg_zero, optimal_scale, plain_cfg
 from lcexport.runtime.schedule import euler_step, schedule
 from lcexport.verify.report import Check
@@ -148,6 +148,7 @@ def swapped_is_refused(engine: Engine, golden: dict[str, Tensor]) -> bool:
         "timestep": golden["text_cond"],
         "encoder_attention_mask": golden["mask_cond"],
     }
+    inputs |= {spec.name: golden[spec.name] for spec in engine.inputs if is_cached(spec.name)}
     spec = engine.outputs[0]
     output = torch.empty(spec.shape, dtype=spec.dtype, device=engine.device)
     try:
