@@ -91,9 +91,8 @@ demo: $(VENV)/run.stamp $(VENV)/rtx.stamp  ## a small checkpoint, its bundles, a
 	    "  $(BIN)/lcexport plan --model demo/checkpoint --res 480p,720p --only export"
 
 # A process for each processor, and one thread in each: more would only wait for each other.
-# A file's tests stay together: they share bundles, which take longer to make than to test.
 test: $(VENV)/dev.stamp  ## all tests that need no GPU
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
 
 lint: $(VENV)/dev.stamp  ## ruff: rules and format
 	@$(BIN)/ruff check .
