@@ -33,7 +33,7 @@ from lcexport.engines.trt.product import Product
 if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
 
-# Fused float16 attention sums its exponentials in float16, which ends at 65,504.
+# Fused float16 attention is reported to sum its exponentials in float16, which ends at 65,504.
 MOST_FP16_KEYS = 60_000
 PRODUCTS = frozenset({"MATRIX_MULTIPLY", "CONVOLUTION", "EINSUM"})
 COUNTED = (

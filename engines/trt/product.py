@@ -212,7 +212,8 @@ _RUNTIME_LOGGERS: dict[int, tuple[Product, TensorRT.ILogger, MessageLog]] = {}  
 def shared_logger(product: Product) -> tuple[TensorRT.ILogger, MessageLog]:
     """The one logger of this process's runtimes, and what it filled; never given back.
 
-    TensorRT keeps the first logger it is handed and ignores others, whoever frees the first.
+    A second logger makes TensorRT warn that it is ignored (RTX 1.7.1 does not ignore it): with one,
+    no message goes astray.
     """
     key = id(product.trt)  # which stays its own, as the product is kept
     if key not in _RUNTIME_LOGGERS:
@@ -247,4 +248,21 @@ def builder_for(
             got=f"{said}, with {missing}" if missing else said,
             wanted="NVIDIA's driver and a GPU that this version knows",
             do="TensorRT builds on the GPU it builds for; `--backend tensorrt-rtx` needs none.",
+        ) from error
+
+
+def runtime_for(product: Product, logger: TensorRT.ILogger, log: MessageLog) -> TensorRT.Runtime:
+    """A TensorRT runtime; `log` is what `logger` fills.
+
+    Raises:
+        IncompatibleError: the native library finds no driver it can use.
+    """
+    try:
+        return product.trt.Runtime(logger)
+    except (TypeError, RuntimeError) as error:  # "factory function returned nullptr"
+        raise IncompatibleError(
+            f"{product} loads but cannot make a runtime here",
+            got=log.errors[-1].strip() if log.errors else error,
+            wanted="NVIDIA's driver, as new as the CUDA that this TensorRT was made for",
+            do="Install a newer driver, or the TensorRT for the driver's CUDA: `lcexport doctor`.",
         ) from error

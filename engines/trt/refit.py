@@ -41,7 +41,10 @@ def refit_from_weights(
     if not engine.refittable:
         raise UsageError("the engine cannot be refitted", do="Build it with --trt refit=true.")
     trt = product.trt
-    refitter = trt.Refitter(engine, logger)
+    try:
+        refitter = trt.Refitter(engine, logger)
+    except (TypeError, RuntimeError) as error:  # "factory function returned nullptr"
+        raise refused(log, f"no refitter: {error}") from error
     wanted: list[str] = refitter.get_all_weights()
     require_all(wanted, weights)
     held = []  # TensorRT reads them when it refits

@@ -23,7 +23,7 @@ import torch
 from lcexport.configs.errors import UsageError
 from lcexport.engines import TensorSpec
 from lcexport.engines.trt.memory import ALIGNMENT, Workspace, aligned, place
-from lcexport.engines.trt.product import Product, shared_logger
+from lcexport.engines.trt.product import Product, runtime_for, shared_logger
 from lcexport.engines.trt.reader import (
     BuiltFor,
     Here,
@@ -142,7 +142,7 @@ class TrtEngine:
             raise
 
     def _open(self, plans: Sequence[PlanFile], host_code: bool) -> None:
-        self._runtime = self._product.trt.Runtime(self._logger)
+        self._runtime = runtime_for(self._product, self._logger, self._log)
         if host_code:
             self._runtime.engine_host_code_allowed = True
         for plan in plans:

@@ -2,8 +2,9 @@
 
 A segment is a plan that runs once. A plan whose weights come from outside can run many times, with
 other weights each time: one plan for all the blocks. Either way a run is a list of steps, and a
-plan has one execution context, whose tensors are set anew for each step: addresses count from the
-moment the work is queued, so a plan that runs often needs no more contexts than one that runs once.
+plan has one execution context, whose tensors are set anew for each step: as we read the API,
+addresses count from the moment the work is queued, so that a plan which runs often needs no more
+contexts than one that runs once. No GPU has run it.
 """
 
 from __future__ import annotations

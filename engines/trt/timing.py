@@ -64,17 +64,29 @@ class TimingCache:
                 except IncompatibleError:
                     if self.named:
                         raise
-            write_bytes(self.path, bytes(memoryview(measured.serialize())), replace=True)
+            write_bytes(self.path, serialized(measured), replace=True)
 
     def _give(self, config: TensorRT.IBuilderConfig, data: bytes) -> None:
         if not config.set_timing_cache(self._from(config, data), ignore_mismatch=False):
             raise foreign(self.path)
 
     def _from(self, config: TensorRT.IBuilderConfig, data: bytes) -> TensorRT.ITimingCache:
+        """A cache of the file's bytes, or an empty one of none.
+
+        The library makes an empty cache, and warns, of bytes that it cannot read.
+        """
         cache = config.create_timing_cache(data)
-        if cache is None:
+        if data and (cache is None or (is_empty(config, cache) and serialized(cache) != data)):
             raise foreign(self.path)
         return cache
+
+
+def is_empty(config: TensorRT.IBuilderConfig, cache: TensorRT.ITimingCache) -> bool:
+    return serialized(cache) == serialized(config.create_timing_cache(b""))
+
+
+def serialized(cache: TensorRT.ITimingCache) -> bytes:
+    return bytes(memoryview(cache.serialize()))
 
 
 def foreign(path: Path) -> IncompatibleError:

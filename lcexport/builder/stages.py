@@ -177,7 +177,8 @@ def engine_stage(backend: str, bundle: Bundle, job: Job, options: BuildOptions) 
     """Open the backend's engine and run it once on the golden inputs against eager's outputs."""
     golden = read_golden(bundle, job.name)
     with open_engine(backend, bundle, job.name, options.device) as engine:
-        if isinstance(engine, TrtEngine):
+        # Of RTX no kernel's name is known; its compiler refuses attention that it does not fuse.
+        if backend == "tensorrt" and isinstance(engine, TrtEngine):
             plans = bundle.manifest.engines[backend][job.name].plans
             require_fused(engine.inspect(), [plan.attentions for plan in plans])
         facts = check_engine(engine, golden, options)

@@ -91,8 +91,11 @@ def obstacle(subject: Subject) -> str:
         return "eager is what the others are compared with"
     if subject.backend == "aotinductor":
         return "only ONNX Runtime and TensorRT are bisected"
-    if subject.engine_record is not None and subject.engine_record.calls:
+    made = subject.engine_record
+    if made is not None and made.calls:
         return "its blocks are one plan with other weights: bisect an engine with weights inside"
+    if made is not None and made.options.get("sparse_kernel") == "plugin":
+        return "its block-sparse attention is a plugin: bisect an engine of the graph's operators"
     if subject.backend == "onnxruntime" and subject.bulk != torch.float32:
         return "ONNX Runtime hands out no bf16 tensors: bisect an fp32 bundle"
     record, config = subject.record, subject.config

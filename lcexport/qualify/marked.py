@@ -17,6 +17,7 @@ import onnxruntime as ort
 import torch
 
 from lcexport.checkpoint import is_island
+from lcexport.configs.tasks import Job
 from lcexport.engines.files import sha256_of
 from lcexport.engines.host import release
 from lcexport.engines.trt.memory import CudaOps, Workspace, gpu_of
@@ -107,16 +108,19 @@ def compiled(subject: Subject, model: ir.Model, folder: Path) -> Iterator[PlanFi
             graph,
             path,
             options,
-            expected(unmarked, subject.bulk),
+            expected(unmarked, subject.bulk, subject.record.job),
             gpu=gpu_of(subject.device),
         )
         yield PlanFile(path, path.stat().st_size, sha256_of(path))
 
 
-def expected(segment: Segment, bulk: torch.dtype) -> Expectations:
+def expected(segment: Segment, bulk: torch.dtype, job: Job) -> Expectations:
     """What the build holds a parsed segment against."""
     islands = [name for name in segment.model.graph.initializers if is_island(name)]
-    return Expectations.from_proof(prove_precision(segment.model, bulk), islands)
+    proof = prove_precision(
+        segment.model, bulk, attentions=job.attentions, sparse=job.sparse_attentions
+    )
+    return Expectations.from_proof(proof, islands)
 
 
 def outputs_of(

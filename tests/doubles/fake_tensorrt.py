@@ -347,6 +347,8 @@ class Buffer:
 
 class Runtime:
     def __init__(self, logger: ILogger) -> None:
+        if fails("Runtime.__init__"):
+            raise TypeError("pybind11::init(): factory function returned nullptr")
         self._logger = need(logger, ILogger)
         self.engine_host_code_allowed = False
         self.max_threads = 1
@@ -708,7 +710,7 @@ class IExecutionContext:
 
 class Refitter:
     def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
-        if not need(engine, ICudaEngine).refittable:
+        if not need(engine, ICudaEngine).refittable or fails("Refitter.__init__"):
             raise TypeError("pybind11::init(): factory function returned nullptr")
         self._engine, self._logger = weakref.ref(engine), need(logger, ILogger)
         self._new: dict[str, Weights] = {}

@@ -1,16 +1,23 @@
 """Bisecting names the block that was damaged, and no other before it."""
 
 import importlib.util
+from types import SimpleNamespace
+from typing import cast
 
 import double
 import onnx_ir as ir
 import pytest
+import torch
 
 from lcexport.builder import BuildOptions, build
-from lcexport.configs.errors import IncompatibleError
+from lcexport.configs import preset_from
+from lcexport.configs.errors import BuildError, IncompatibleError
+from lcexport.configs.tasks import jobs_for
 from lcexport.engines.trt.product import open_product
+from lcexport.graph.segments import segment_graph
 from lcexport.qualify import bisect, marked
 from lcexport.qualify.claims import results_of
+from lcexport.qualify.subject import Subject
 
 (CHECK,) = bisect.CHECKS
 
@@ -63,6 +70,16 @@ def test_plans_are_compiled_on_the_gpu_in_question(
     assert asked == ["GPU of cuda:1"] * 2
 
 
+def test_every_task_is_held_against_its_own_attentions(make_graph):
+    path = make_graph("bf16", batch=1, frames=3, cond=1)
+    (segment,) = segment_graph(ir.load(path), 1)
+    (job,) = jobs_for(preset_from("demo"), "i2v")
+    wanted = marked.expected(segment, torch.bfloat16, job)
+    assert wanted.attentions == 3 * job.attentions == 9
+    with pytest.raises(BuildError, match="precision policy"):
+        marked.expected(segment, torch.bfloat16, job.model_copy(update={"num_cond_latents": 0}))
+
+
 @pytest.mark.slow
 def test_a_real_compiler_takes_the_marked_graph(subject_of, demo_options: BuildOptions, tmp_path):
     try:
@@ -93,6 +110,9 @@ def test_what_cannot_be_bisected_is_not_tested(subject_of, pair_bundle, monkeypa
     low = subject_of(pair_bundle)
     low.bundle.manifest = low.bundle.manifest.model_copy(update={"precision": "bf16"})
     assert "bisect an fp32 bundle" in why(low)
+    plugin = SimpleNamespace(calls=(), options={"sparse_kernel": "plugin"})
+    of_plugin = SimpleNamespace(backend="tensorrt", engine_record=plugin)
+    assert "is a plugin" in bisect.obstacle(cast(Subject, of_plugin))
     monkeypatch.setattr(bisect, "available_memory_bytes", lambda: 1000)
     assert "smaller resolution" in why(subject_of(pair_bundle))
 

@@ -15,7 +15,12 @@ from surface import Surface
 
 MODULE = "<module>"
 HOLDERS = {"trt", "_trt"}
-LOOPS = {"engine": "ICudaEngine", "raw": "ILayer", "tensor": "ITensor"}
+LOOPS = {
+    "engine": "ICudaEngine",
+    "inspector": "EngineInspector",
+    "raw": "ILayer",
+    "tensor": "ITensor",
+}
 ANNOTATION = re.compile(r"TensorRT\.(\w+)(?: \| None)?")
 
 

@@ -12,12 +12,14 @@ from lcexport.checkpoint import open_checkpoint, read_header
 from lcexport.configs.errors import BuildError
 from lcexport.dit import Geometry
 from lcexport.dit.sparse import Sparsity
+from lcexport.engines.trt.compile import compile_plan
 from lcexport.engines.trt.network import (
     COUNTED,
     Expectations,
     NetworkSummary,
     check_network,
 )
+from lcexport.engines.trt.options import TrtOptions
 from lcexport.engines.trt.parsing import parse_network
 from lcexport.engines.trt.product import MessageLog, Product, builder_for, logger_for
 from lcexport.graph import GraphSpec, onnx_from_dit, prove_precision, save_graph
@@ -47,7 +49,9 @@ def check_text(check, graph_from: Callable[[str], bytes], tmp_path: Path):
     return run
 
 
-def test_block_sparse_attention_parses_as_its_functions(check, dit_folder, make_weights):
+def test_block_sparse_attention_parses_as_its_functions(
+    check, rtx, dit_folder, make_weights, tmp_path
+):
     """No plugin is registered: the parser takes the function inside the function, and its Scan."""
     sparse = Sparsity(0.5, None, (2, 2, 2), (2, 2, 2))
     weights = make_weights("bf16")
@@ -61,6 +65,10 @@ def test_block_sparse_attention_parses_as_its_functions(check, dit_folder, make_
     wanted = Expectations.from_proof(proof).model_copy(update={"sparse_plugin": True})
     with pytest.raises(BuildError, match="of the function that the plugin should have replaced"):
         check(path.read_bytes(), path, wanted)
+    expectations = Expectations.from_proof(proof)
+    plan = tmp_path / "sparse.plan"
+    made = compile_plan(rtx, path.read_bytes(), path, TrtOptions(), plan, expectations)
+    assert made.bytes == plan.stat().st_size > 0
 
 
 @pytest.mark.parametrize(

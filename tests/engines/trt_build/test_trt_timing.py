@@ -1,4 +1,7 @@
-"""The timing cache, on a fake of the three calls: TensorRT for RTX has no real one."""
+"""The timing cache, on a fake of the three calls: TensorRT for RTX measures nothing to keep.
+
+What it makes of bytes that are no cache is its own.
+"""
 
 import json
 import threading
@@ -8,6 +11,7 @@ from typing import Any
 import pytest
 
 from lcexport.configs.errors import IncompatibleError, ResourceError
+from lcexport.engines.trt.product import MessageLog, builder_for, logger_for
 from lcexport.engines.trt.timing import TimingCache
 
 
@@ -29,17 +33,17 @@ class FakeCache:
 
 
 class FakeConfig:
-    """A builder configuration that has measured `kernels` on `gpu`."""
+    """A builder configuration that has measured `kernels` on `gpu`; it reads what it can."""
 
     def __init__(self, gpu: str, *kernels: str) -> None:
         self.gpu, self.kernels = gpu, kernels
         self.cache: Any = None
 
-    def create_timing_cache(self, serialized_timing_cache: bytes) -> FakeCache | None:
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> FakeCache:
         try:
-            gpu, kernels = json.loads(serialized_timing_cache or json.dumps([self.gpu, []]))
+            gpu, kernels = json.loads(serialized_timing_cache)
         except ValueError:
-            return None
+            gpu, kernels = self.gpu, []
         return FakeCache(gpu, set(kernels))
 
     def set_timing_cache(self, cache: FakeCache, ignore_mismatch: bool) -> bool:
@@ -112,6 +116,39 @@ def test_a_damaged_cache_is_refused(tmp_path: Path):
     path.write_bytes(b"\0damaged")
     with pytest.raises(IncompatibleError, match="damaged"):
         build(path, config_on("H200"))
+    assert path.read_bytes() == b"\0damaged"
+
+
+def test_a_file_that_was_damaged_meanwhile_is_kept(tmp_path: Path):
+    path = tmp_path / "cache"
+    ours = config_on("H200", "a")
+    TimingCache(path).load(ours)
+    path.write_bytes(b"\0damaged")
+    with pytest.raises(IncompatibleError, match="damaged"):
+        TimingCache(path).merge(ours)
+    assert path.read_bytes() == b"\0damaged"
+
+
+def test_an_empty_cache_is_no_damaged_one(tmp_path: Path):
+    path = tmp_path / "cache"
+    build(path, config_on("H200"))
+    assert build(path, config_on("H200", "a")) == []
+    assert kernels_in(path) == ["a"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_real_library_does_not_read_what_is_no_cache(tmp_path: Path, rtx, named: bool):
+    path = tmp_path / "cache"
+    path.write_bytes(b"damaged" * 10)
+    logger = logger_for(rtx, MessageLog())
+    config = builder_for(rtx, logger).create_builder_config()
+    if named:
+        with pytest.raises(IncompatibleError, match="damaged"):
+            TimingCache(path).load(config)
+    else:
+        (note,) = TimingCache(path, named=False).load(config)
+        assert "damaged" in note
+    assert path.read_bytes() == b"damaged" * 10
 
 
 def test_a_folder_that_is_not_there_is_said_before_building(tmp_path: Path):

@@ -77,6 +77,13 @@ def test_a_weight_that_does_not_fit(open_engine, velocity, base, change, match):
     assert torch.equal(velocity(engine), before)
 
 
+def test_a_refitter_that_cannot_be_made(open_engine, base, double):
+    engine = open_engine(1, plan=REFITTABLE)
+    double.failures.add("Refitter.__init__")
+    with pytest.raises(LcexportError, match=r"refused a refit; got no refitter: .*nullptr"):
+        engine.refit(base)
+
+
 @pytest.mark.parametrize(
     "call", ["Refitter.set_named_weights:final_layer.proj.bias", "Refitter.refit_cuda_engine"]
 )

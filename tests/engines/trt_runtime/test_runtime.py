@@ -267,6 +267,14 @@ def test_opening_fails(open_engine, double, call, error, match):
     assert order[-1:] == ["Runtime"]  # all was given back, the runtime last
 
 
+def test_a_runtime_that_cannot_be_made(open_engine, double):
+    double.failures.add("Runtime.__init__")
+    with pytest.raises(
+        IncompatibleError, match=r"cannot make a runtime here; got .*nullptr.*driver"
+    ):
+        open_engine(1)
+
+
 @pytest.mark.parametrize(
     ("call", "match"),
     [
