@@ -1,6 +1,7 @@
 """What the DiT costs with AOTInductor when its block is compiled once, and when it is unrolled.
 
     python benchmarks/aotinductor_parts.py [--depth 4] [--hidden 1024] [--threads 1] [--json FILE]
+    python benchmarks/aotinductor_parts.py --profile
 
 Four ways through the same float32 weights at 3,072 tokens, batch 1, held against each other:
 
@@ -14,6 +15,9 @@ shared machine what others do counts little. With several threads, waiting for e
 count as work: set OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=0 then. The ratios are of medians.
 What compiling cost is that of this process and of the compilers it starts, from empty caches, after
 a small program has been compiled.
+
+--profile runs nothing of that, but one block's package, and says which kernels its time goes to:
+torch's products, its attention, what Inductor made, and the rest.
 """
 
 import argparse
@@ -28,6 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch._C._aoti import AOTIModelPackageLoader
+from torch.profiler import ProfilerActivity, profile
 
 from lcexport.builder.aoti_worker import SETTINGS, use_folder
 from lcexport.configs.dit import DiTConfig
@@ -40,6 +45,8 @@ GEOMETRY = Geometry(1, 6, 16, 32)  # 3,072 tokens
 TEXT_TOKENS = 512
 SPREAD = 0.02  # of the weights
 Run = Callable[[], Tensor]
+# by a part of the kernels' names
+KERNELS = {"products": "mm_out", "attention": "cpu__scaled_dot", "Inductor's": "graph_", "rest": ""}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--json", type=Path, help="write the JSON document here too")
+    parser.add_argument("--profile", action="store_true", help="where a block's time goes")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
@@ -61,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dit = random_dit(config)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         use_folder(Path(folder))  # no cache of an earlier run is found, and none is left
+        if asked.profile:
+            return print_profile(block_profile(dit, Path(folder), asked.rounds))
         warm_up(Path(folder))
         ways, compiled = all_ways(dit, Path(folder))
         rows = measured(ways, asked.rounds)
@@ -143,6 +153,32 @@ def all_ways(dit: LongCatDiT, folder: Path) -> tuple[dict[str, Run], dict[str, d
     return ways, {name: compile_cost(packages) for name, packages in cost.items()}
 
 
+def block_profile(dit: LongCatDiT, folder: Path, rounds: int) -> dict[str, float]:
+    """Processor milliseconds of one pass through the block's package, by what computes."""
+    embedded = part_modules(dit)["Embed"](*random_inputs(dit.config).values())
+    weights = dict(dit.layers[0].named_parameters())
+    spec = GraphSpec(GEOMETRY, TEXT_TOKENS, torch.float32)
+    program = export_program(dit.config, spec, "Block", list(weights))
+    block = Package(folder / "block.pt2", program, {"cpp.enable_kernel_profile": True})
+    given = [*embedded, *weights.values()]
+    block(given)
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(rounds):
+            block(given)
+    found = dict.fromkeys(KERNELS, 0.0)
+    for event in recorded.key_averages():
+        kind = next(kind for kind, part in KERNELS.items() if part in event.key)
+        found[kind] += event.self_cpu_time_total / rounds / 1000
+    return found
+
+
+def print_profile(found: Mapping[str, float]) -> int:
+    total = sum(found.values())
+    for kind, milliseconds in found.items():
+        print(f"{kind:24} {milliseconds:8.1f} ms {milliseconds / total:6.1%}")
+    return 0
+
+
 def part_modules(dit: LongCatDiT) -> dict[str, nn.Module]:
     """The parts that are traced, over real weights."""
     return {
@@ -155,13 +191,22 @@ def part_modules(dit: LongCatDiT) -> dict[str, nn.Module]:
 class Package:
     """A compiled and opened package. Its constants are not in it: `fill` hands them in."""
 
-    def __init__(self, path: Path, program: torch.export.ExportedProgram) -> None:
+    def __init__(
+        self,
+        path: Path,
+        program: torch.export.ExportedProgram,
+        more: Mapping[str, object] | None = None,
+    ) -> None:
         self.path = path
         before = processor_seconds()
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(path),
-            inductor_configs={**SETTINGS, "aot_inductor.package_constants_in_so": False},
+            inductor_configs={
+                **SETTINGS,
+                "aot_inductor.package_constants_in_so": False,
+                **(more or {}),
+            },
         )
         self.seconds = processor_seconds() - before
         self._loader = self._open()

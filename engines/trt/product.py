@@ -1,4 +1,4 @@
-"""The two products behind one API: TensorRT, and TensorRT for RTX, which compiles on any processor.
+"""The two products behind one API: TensorRT, and TensorRT for RTX, which compiles without a GPU.
 
 Both modules offer the same classes; what differs is said by `Product`, and asked of the module
 itself where it can be. Everything in this package is handed a product and imports neither.
@@ -255,7 +255,8 @@ def runtime_for(product: Product, logger: TensorRT.ILogger, log: MessageLog) -> 
     """A TensorRT runtime; `log` is what `logger` fills.
 
     Raises:
-        IncompatibleError: the native library finds no driver it can use.
+        IncompatibleError: the native library makes none; an old driver is the likely reason, but
+            only a double has done so.
     """
     try:
         return product.trt.Runtime(logger)

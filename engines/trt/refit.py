@@ -1,8 +1,9 @@
 """New weights in an open engine, by the names they have in the bundle's one weights file.
 
 A graph's initialisers carry the names of the checkpoint's tensors, and a refittable plan keeps
-them. Every weight is set each time: base, then A, then base again is the base, exactly. Tensors of
-a safetensors file are mapped, so nothing is read before TensorRT or the device copies it.
+them. Every weight is set each time, so that base, then A, then base again should be the base,
+exactly; no GPU has run it. Tensors of a safetensors file are mapped: nothing is read before
+TensorRT or the device copies it.
 """
 
 from __future__ import annotations

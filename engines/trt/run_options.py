@@ -36,7 +36,10 @@ class RunOptions:
         if isinstance(self.weight_budget, int) and self.weight_budget < 0:
             raise UsageError("the weight budget is negative", got=self.weight_budget)
         if self.cuda_graph and self.weight_budget is not None:
-            raise UsageError("a CUDA graph and weight streaming exclude each other")
+            raise UsageError(
+                "a CUDA graph and a weight budget exclude each other",
+                do="No CUDA graph is recorded of an engine with a weight budget: leave one out.",
+            )
 
 
 def set_weight_budget(engines: Sequence[TensorRT.ICudaEngine], options: RunOptions) -> None:

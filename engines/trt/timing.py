@@ -73,10 +73,11 @@ class TimingCache:
     def _from(self, config: TensorRT.IBuilderConfig, data: bytes) -> TensorRT.ITimingCache:
         """A cache of the file's bytes, or an empty one of none.
 
-        The library makes an empty cache, and warns, of bytes that it cannot read.
+        Of bytes that it cannot read the library is assumed to make an empty cache, as RTX 1.7.1
+        does of any bytes where there is no driver.
         """
         cache = config.create_timing_cache(data)
-        if data and (cache is None or (is_empty(config, cache) and serialized(cache) != data)):
+        if cache is None or (data and is_empty(config, cache) and serialized(cache) != data):
             raise foreign(self.path)
         return cache
 

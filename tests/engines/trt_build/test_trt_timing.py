@@ -1,6 +1,6 @@
 """The timing cache, on a fake of the three calls: TensorRT for RTX measures nothing to keep.
 
-What it makes of bytes that are no cache is its own.
+The empty one that it makes of any bytes, for want of a driver, is its own.
 """
 
 import json
@@ -137,7 +137,7 @@ def test_an_empty_cache_is_no_damaged_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_the_real_library_does_not_read_what_is_no_cache(tmp_path: Path, rtx, named: bool):
+def test_the_empty_cache_that_the_real_library_makes_is_noticed(tmp_path: Path, rtx, named: bool):
     path = tmp_path / "cache"
     path.write_bytes(b"damaged" * 10)
     logger = logger_for(rtx, MessageLog())
