@@ -92,7 +92,7 @@ demo: $(VENV)/run.stamp $(VENV)/rtx.stamp  ## a small checkpoint, its bundles, a
 
 # A process for each processor, and one thread in each: more would only wait for each other.
 test: $(VENV)/dev.stamp  ## all tests that need no GPU
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu"
 
 lint: $(VENV)/dev.stamp  ## ruff: rules and format
 	@$(BIN)/ruff check .

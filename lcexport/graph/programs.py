@@ -16,10 +16,10 @@ from torch.func import functional_call
 from lcexport.checkpoint.int8 import INT8, SCALE, WEIGHT, dequantised
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import BuildError
+from lcexport.graph.exporter import quiet_exporter
 from lcexport.graph.trace import (
     GraphSpec,
     Untraced,
-    quiet_exporter,
     untraced_cache_parts,
     untraced_parts,
 )

@@ -4,10 +4,6 @@ Each part becomes an ONNX function whose inputs are its activations followed by 
 that one `Block` serves every layer and no optimiser can ever fold a weight.
 """
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -22,6 +18,7 @@ from lcexport.configs.tasks import Job
 from lcexport.dit.layers import Geometry
 from lcexport.dit.sparse import job_sparsity
 from lcexport.engines.bundle import Precision
+from lcexport.graph.exporter import known_operators, quiet_exporter
 from lcexport.graph.modules import (
     BlockPart,
     CacheBlockPart,
@@ -185,7 +182,7 @@ def trace(part: Untraced, mode: FakeTensorMode) -> Part:
     whole grid are a hundred times those of its axes.
     """
     module, tables = part.module, part.tables
-    with mode, quiet_exporter():
+    with mode, quiet_exporter(), known_operators():
         exported = torch.export.export(module, tuple(part.inputs.values()), strict=False)
         program = torch.onnx.export(
             exported,
@@ -212,18 +209,3 @@ def trace(part: Untraced, mode: FakeTensorMode) -> Part:
         parameters=tuple(parameter.removeprefix(part.prefix) for parameter in parameters),
         outputs=tuple(model.graph.outputs),
     )
-
-
-@contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Keep torch's own deprecations and its notes about torchvision from a user's terminal."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield
-    finally:
-        registration.setLevel(level)
