@@ -100,7 +100,7 @@ class AotiEngine:
             for spec in specs:
                 spec.check(tensors[spec.name], self.device)
         alive = {spec.name: inputs[spec.name] for spec in self.inputs}
-        with torch.inference_mode(), self._placed():
+        with torch.inference_mode(), placed(self.device):
             for call in self._calls:
                 given = [*(alive[name] for name in call.inputs), *call.weights]
                 made = self._loaders[call.package].run(given)
@@ -110,9 +110,6 @@ class AotiEngine:
                         outputs[spec.name].copy_(alive.pop(spec.name))
                 for name in call.done:
                     del alive[name]
-
-    def _placed(self) -> AbstractContextManager[None]:
-        return on_gpu(self.device) if self.device.type == "cuda" else nullcontext()
 
     def close(self) -> None:
         """Unload the packages and let the weights go."""
@@ -225,6 +222,11 @@ def weights_of(
             )
         found.append(weight)
     return tuple(found)
+
+
+def placed(device: torch.device) -> AbstractContextManager[None]:
+    """Where packages run: see `on_gpu`; a processor needs nothing."""
+    return on_gpu(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

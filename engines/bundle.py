@@ -6,6 +6,7 @@
     dit.<graph>.ort.onnx       the same with ONNX Runtime's fused operations, for processors
     transformer/config.json    the DiT's configuration
     text_encoder/ tokenizer/ vae/ scheduler/   as in the checkpoint
+    engines/<backend>/<graph or component>/    compiled plans and packages
     golden/<graph>.safetensors                 inputs and reference outputs for `verify`
     lora/base/                 where LoRAs were baked in: what they replaced, to go back to
     lora/next/                 a change decided and not finished: no reader opens such a bundle
@@ -24,6 +25,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lcexport.configs import Preset
+from lcexport.configs.components import Component
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
 from lcexport.configs.tasks import Job, build_words, job_name, task_in
 from lcexport.engines.files import identity, sha256_of
@@ -46,6 +48,7 @@ STAGE_OPTIONS: dict[str, tuple[str, object]] = {
     "--device": ("device", "cpu"),
     "--only": ("only", "all"),
     "--weights": ("weights", "inside"),
+    "--compile-components": ("compile_components", False),
 }
 
 
@@ -157,6 +160,18 @@ class EngineRecord(Frozen):
         return bool(self.calls or exchanged) and self.ep_context is None
 
 
+class ComponentRecord(EngineRecord):
+    """The text encoder or the VAE's decoder, compiled: one plan for each of its parts.
+
+    The plans' weights are those of the library's model, by its names. `errors` has the difference
+    from the library's outputs, by what was computed, in the measures of `lcexport.compare`; none
+    where it was not run where it was built.
+    """
+
+    component: Component
+    errors: dict[str, dict[str, float]] = {}
+
+
 class StageRecord(Frozen):
     """What one stage of the build cost."""
 
@@ -199,6 +214,8 @@ class Manifest(Frozen):
     graphs: dict[str, GraphRecord]
     # Compiled engines by backend and resolution; ONNX Runtime and eager torch need none.
     engines: dict[str, dict[str, EngineRecord]] = {}
+    # The text encoder and the VAE's decoders by `Component.name`, where these were compiled.
+    components: dict[str, ComponentRecord] = {}
     files: dict[str, FileRecord]
     versions: dict[str, str]
     device: str
@@ -286,7 +303,9 @@ class Bundle:
         words = ["lcexport", "build", *build_words(resolution, task, options)]
         for option, (name, default) in STAGE_OPTIONS.items():
             value = options.get(name, default)
-            if value != default:
+            if value is True:
+                words += [option]
+            elif value != default:
                 words += [option, ",".join(value) if isinstance(value, list) else str(value)]
         return shlex.join([*words, "--add", "-o", str(self.folder)])
 

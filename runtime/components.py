@@ -8,9 +8,11 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 
 import torch
 
+from lcexport.configs.components import text_encoder
 from lcexport.configs.errors import IntegrityError, UsageError
 from lcexport.configs.tasks import CONTINUATIONS, Task
 from lcexport.engines import Engine, open_engine
@@ -24,6 +26,7 @@ from lcexport.runtime.checks import (
     check_only_weights_differ,
     read_shift,
 )
+from lcexport.runtime.decoding import Packages
 from lcexport.runtime.residency import Offload, Resident, check_offload, free_cache
 from lcexport.runtime.text import Text, TextCache, TextEncoder
 from lcexport.runtime.vae import VideoVAE
@@ -38,6 +41,8 @@ class Components:
         text_tokens: L, the length of encoded prompts.
         engine_options: see `lcexport.engines.open_engine`.
         vae_tiling: see `VideoVAE`.
+        compiled: whether to use the components that the bundle has compiled, with the backend that
+            compiled them.
         keep_engines: how many engines may be open at once, the caller's own not counted; None for
             all.
 
@@ -55,6 +60,7 @@ class Components:
         engine_options: Mapping[str, object] | None = None,
         keep_engines: int | None = None,
         vae_tiling: bool = False,
+        compiled: bool = True,
     ) -> None:
         check_offload(offload)
         if keep_engines is not None and keep_engines < 1:
@@ -74,13 +80,33 @@ class Components:
         self.closed = False
         self._resources = ExitStack()
         with ExitStack() as stack:
-            make_text = partial(TextEncoder, bundle.folder, text_tokens, self.dtype)
+            packages = self._packages() if compiled else {}
+            for part in chain(*packages.values()):
+                stack.callback(part.close)
+            package = packages.get(text_encoder(text_tokens).name, (None,))[0]
+            make_text = partial(
+                TextEncoder, bundle.folder, text_tokens, self.dtype, package=package
+            )
             self._text = Resident(make_text, self.device, offload)
             stack.callback(self._text.close)
-            make_vae = partial(VideoVAE, bundle.folder, self.dtype, tiling=vae_tiling)
+            make_vae = partial(
+                VideoVAE, bundle.folder, self.dtype, tiling=vae_tiling, packages=packages
+            )
             self._vae = Resident(make_vae, self.device, offload)
             stack.callback(self._vae.close)
             self._resources = stack.pop_all()
+
+    def _packages(self) -> Packages:
+        """The bundle's compiled components, for the backend that compiled them; they are opened
+        now, so that what does not fit this machine is said now.
+        """
+        if self.backend != "aotinductor" or not self.bundle.manifest.components:
+            return {}
+        from lcexport.engines.aoti_components import open_components
+
+        packages = open_components(self.bundle, self.device)
+        log.info("compiled besides the DiT: %s", ", ".join(packages))
+        return packages
 
     def stored(self, task: Task) -> torch.dtype:
         """What the original keeps a task's latents in: the DiT's precision for a continuation."""

@@ -23,6 +23,7 @@ def load(
     engine_options: Mapping[str, object] | None = None,
     keep_engines: int | None = None,
     vae_tiling: bool = False,
+    compiled_components: bool = True,
     check_hashes: bool = False,
 ) -> Pipeline:
     """Open a bundle for generation.
@@ -43,6 +44,9 @@ def load(
             shares none (ONNX Runtime, plans with their weights inside). None for all.
         vae_tiling: encode and decode in overlapping tiles of 256 x 256 pixels: less memory, more
             work, and frames that differ slightly.
+        compiled_components: with the backend "aotinductor", use the text encoder and the VAE's
+            decoders that the bundle has compiled; False for the library's. Tiles, and frames of a
+            size that was not compiled, are decoded by the library.
         check_hashes: compare every file's SHA-256, the large ones included.
 
     Raises:
@@ -58,8 +62,9 @@ def load(
         graphs = [graph for graph in graphs if graph.name != resolution]
     tokens = first.preset.text_tokens
     components = Components(
-        bundle, backend, device, offload, tokens, engine_options, keep_engines, vae_tiling
-    )
+        bundle, backend, device, offload, tokens, engine_options, keep_engines, vae_tiling,
+        compiled_components,
+    )  # fmt: skip
     try:
         if engine is not None:
             components.adopt(bundle.graph(resolution), engine)

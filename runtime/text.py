@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lcexport.configs.errors import InputError, UsageError, VerificationError
+from lcexport.runtime.decoding import Package
 from lcexport.runtime.loading import DOWNLOAD_AGAIN, library_errors, read_config, refuse_missing
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ class TextEncoder:
         text_tokens: L, the length every prompt is padded or cut to.
         dtype: what the encoder computes in; its output is widened to float32.
         device: where the encoder lives.
+        package: the compiled encoder of that length; the library's where None.
 
     Raises:
         InputError: a file is missing, or the weights do not fit the configuration.
@@ -95,9 +98,11 @@ class TextEncoder:
         text_tokens: int = 512,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        package: Package | None = None,
     ) -> None:
         folder = Path(folder)
-        self.text_tokens = text_tokens
+        self.text_tokens, self._package = text_tokens, package
         self._tokenizer = load_tokenizer(folder / "tokenizer")
         self._model: UMT5EncoderModel | None = load_umt5(folder / "text_encoder", dtype, device)
 
@@ -120,13 +125,23 @@ class TextEncoder:
         model = self._opened()
         ids_BL, mask_BL = ids_BL.to(model.device), mask_BL.to(model.device)
         with torch.no_grad():
-            hidden_BLC = model(input_ids=ids_BL, attention_mask=mask_BL.long()).last_hidden_state
+            if self._package is not None:
+                (hidden_BLC,) = self._package(model, ids_BL, mask_BL.bool())
+            else:
+                found = model(input_ids=ids_BL, attention_mask=mask_BL.long())
+                hidden_BLC = found.last_hidden_state
         if not torch.isfinite(hidden_BLC).all():
             raise VerificationError(
                 "the text encoder gave numbers that are not finite",
                 do="Run `lcexport validate` on the checkpoint: it scans the encoder's weights.",
             )
         return Text(hidden_BLC.float().unsqueeze(1), mask_BL.bool())
+
+    def by(self, package: Package | None) -> "TextEncoder":
+        """The same one, same weights, with another package; None for the library's encoder."""
+        other = copy(self)
+        other._package = package
+        return other
 
     def to(self, device: torch.device | str) -> "TextEncoder":
         # the library's stubs take `Module.to` for a function without arguments
@@ -142,8 +157,8 @@ class TextEncoder:
             raise UsageError("the text encoder is closed")
         return self._model
 
-    def _encode_one(self, text: str) -> Text:
-        self._warn_if_cut(text)
+    def tokens(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids [1, L] of a text, padded or cut, and their mask, nonzero on real tokens."""
         tokens = self._tokenizer(
             [text],
             padding="max_length",
@@ -153,7 +168,11 @@ class TextEncoder:
             return_attention_mask=True,
             return_tensors="pt",
         )
-        return self.encode_ids(tokens["input_ids"], tokens["attention_mask"])
+        return tokens["input_ids"], tokens["attention_mask"]
+
+    def _encode_one(self, text: str) -> Text:
+        self._warn_if_cut(text)
+        return self.encode_ids(*self.tokens(text))
 
     def _warn_if_cut(self, text: str) -> None:
         # `verbose=False` keeps the tokenizer's own, less precise warning back.
@@ -251,12 +270,22 @@ def umt5_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         InputError: the configuration is missing or no UMT5's.
     """
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    config = read_config(folder / "config.json")
-    with library_errors("text encoder", folder), torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config.from_dict(config))
+    with torch.device("meta"):
+        model = empty_umt5(folder)
         # Views of another weight under a second name: a file need not hold them.
         tied: Any = model._tied_weights_keys or {}
         weights = model.state_dict()
     return {name: tuple(value.shape) for name, value in weights.items() if name not in tied}
+
+
+def empty_umt5(folder: Path) -> "UMT5EncoderModel":
+    """The encoder of a `config.json`, its weights whatever the caller's device makes of them.
+
+    Raises:
+        InputError: as `umt5_shapes`.
+    """
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = read_config(folder / "config.json")
+    with library_errors("text encoder", folder):
+        return UMT5EncoderModel(UMT5Config.from_dict(config))

@@ -4,6 +4,7 @@ B samples, T latent frames, H x W latents; F = 4 * (T - 1) + 1 frames of 8H x 8W
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 
 from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lcexport.configs.errors import InputError, UsageError, VerificationError
+from lcexport.runtime.decoding import Packages, decoded
 from lcexport.runtime.loading import (
     DOWNLOAD_AGAIN,
     is_finite_number,
@@ -57,6 +59,7 @@ class VideoVAE:
         device: where it lives.
         tiling: encode and decode pictures above 256 x 256 pixels in overlapping tiles, which are
             blended: less memory, more work, and frames that differ slightly.
+        packages: compiled decoders; see `lcexport.runtime.decoding`.
 
     Raises:
         InputError: a file is missing, or the weights do not fit the configuration.
@@ -69,7 +72,9 @@ class VideoVAE:
         device: torch.device | str = "cpu",
         *,
         tiling: bool = False,
+        packages: Packages | None = None,
     ) -> None:
+        self._packages = packages or {}
         self._model: AutoencoderKLWan | None = load_vae(Path(folder) / "vae", dtype, device)
         if tiling:
             self._model.enable_tiling()
@@ -132,12 +137,18 @@ class VideoVAE:
             VerificationError: the decoder left NaN in the frames.
         """
         model = self._opened()
-        z_B16THW = latents_16THW[None].to(model.device, model.dtype)
+        z_116THW = latents_16THW[None].to(model.device, model.dtype)
         mean, std = model.config["latents_mean"], model.config["latents_std"]
-        for pixels_B3FHW in decoded(model, denormalize(z_B16THW, mean, std)):
+        for pixels_B3FHW in decoded(model, denormalize(z_116THW, mean, std), self._packages):
             pixels_FHW3 = pixels_B3FHW[0].cpu().float().div(2).add(0.5).clamp(0, 1)
             refuse_not_finite("frames", pixels_FHW3)
             yield pixels_FHW3.permute(1, 2, 3, 0).contiguous()
+
+    def by(self, packages: Packages) -> "VideoVAE":
+        """The same one, same weights, with other packages; none for the library's decoder."""
+        other = copy(self)
+        other._packages = packages
+        return other
 
     def to(self, device: torch.device | str) -> "VideoVAE":
         # the library's stubs take `Module.to` for a function without arguments
@@ -152,25 +163,6 @@ class VideoVAE:
         if self._model is None:
             raise UsageError("the VAE is closed")
         return self._model
-
-
-def decoded(model: "AutoencoderKLWan", z_B16THW: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Frames in -1..1, [B, 3, 1 or 4, 8H, 8W] for each latent frame; with tiling all at once.
-
-    The library's `decode` does the same, but keeps every frame until the last is there, and copies
-    all of them for each that comes.
-    """
-    if model.use_tiling or model.config["patch_size"] is not None:
-        yield model.decode(z_B16THW, return_dict=False)[0]
-        return
-    x_B16THW = model.post_quant_conv(z_B16THW)
-    # At least one place for each causal convolution's past; ours, so that two videos can be
-    # decoded by turns.
-    past: list[Any] = [None] * len(list(model.decoder.modules()))
-    for t in range(x_B16THW.shape[2]):
-        yield model.decoder(
-            x_B16THW[:, :, t : t + 1], feat_cache=past, feat_idx=[0], first_chunk=t == 0
-        ).clamp(-1, 1)
 
 
 def latent_shape(pixels: Sequence[int]) -> tuple[int, int, int, int, int]:
@@ -243,13 +235,23 @@ def vae_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         InputError: the configuration is missing or no Wan VAE's.
     """
+    with torch.device("meta"):
+        weights = empty_vae(folder).state_dict()
+    return {name: tuple(value.shape) for name, value in weights.items()}
+
+
+def empty_vae(folder: Path) -> "AutoencoderKLWan":
+    """The VAE of a `config.json`, its weights whatever the caller's device makes of them.
+
+    Raises:
+        InputError: as `vae_shapes`.
+    """
     from diffusers import AutoencoderKLWan  # pyright: ignore[reportPrivateImportUsage]
 
     config = check_vae_config(folder)
     build: Any = AutoencoderKLWan.from_config
-    with library_errors("VAE", folder), torch.device("meta"):
-        weights = build(config).state_dict()
-    return {name: tuple(value.shape) for name, value in weights.items()}
+    with library_errors("VAE", folder):
+        return build(config)
 
 
 def check_vae_config(folder: Path) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def rebuild_command(
         words += plans_words(record, product, wrapped)
         words += targets_words(record, compute_capability)
     words += ["--ep-context"] if wrapped else []
+    words += ["--compile-components"] if built.get("compile_components") else []
     return shlex.join([*words, "-o", "NEW"])
 
 

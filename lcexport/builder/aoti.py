@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -79,52 +80,63 @@ def compile_packages(
         name = f"compile:{BACKEND}:{graph.name}:{number}/{len(units)}"
         work = partial(compile_part, folder, graph, part.name, unit.record, options)
         done.append(stage(name, work))
-    device = torch.device(options.device)
-    record = EngineRecord(
-        plans=tuple(PlanRecord.model_validate(stage.output.facts["plan"]) for stage in done),
-        calls=call_records(uses),
-        product=BACKEND,
-        version=str(torch.__version__),
-        platform=this_platform(),
-        compute_capabilities=compute_capability(device),
-        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        driver=None,
-        options={"device": device.type, "cpu_features": cpu_features()},
-        verified=False,
-    )
+    plans = tuple(PlanRecord.model_validate(stage.output.facts["plan"]) for stage in done)
+    record = EngineRecord(plans=plans, calls=call_records(uses), **compiled_for(options))
     return record, done
+
+
+def compiled_for(options: BuildOptions) -> dict[str, Any]:
+    """What the manifest says of packages compiled now: by what, and for what."""
+    device = torch.device(options.device)
+    return {
+        "product": BACKEND,
+        "version": str(torch.__version__),
+        "platform": this_platform(),
+        "compute_capabilities": compute_capability(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "driver": None,
+        "options": {"device": device.type, "cpu_features": cpu_features()},
+        "verified": False,
+    }
 
 
 def compile_part(
     folder: Path, graph: GraphRecord, name: str, record: PlanRecord, options: BuildOptions
 ) -> StageOutput:
-    """One package, compiled in a process of its own."""
-    path = folder / record.file
+    """One package of the DiT."""
+    request = {
+        "config": DiTConfig.from_json(folder / DIT_CONFIG).model_dump(mode="json"),
+        "job": graph.job.model_dump(mode="json"),
+        "batch": graph.batch,
+        "precision": options.precision,
+        "part": name,
+        "weights": [tensor.name for tensor in record.weights],
+    }
+    made = make_package(folder / record.file, request, options)
+    record = record.model_copy(update={"attentions": made["attentions"]})
+    return package_output(folder, record, made)
+
+
+def make_package(path: Path, request: dict[str, Any], options: BuildOptions) -> dict[str, Any]:
+    """One package, compiled in a process of its own; what that process reports."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # what a killed stage left under its final name
-    config = DiTConfig.from_json(folder / DIT_CONFIG)
     device = torch.device(options.device)
     with private_folder(path) as place, tempfile.TemporaryFile() as stderr:
-        request = {
-            "config": config.model_dump(mode="json"),
-            "job": graph.job.model_dump(mode="json"),
-            "batch": graph.batch,
-            "precision": options.precision,
-            "part": name,
-            "weights": [tensor.name for tensor in record.weights],
-            "device": device.type,
-            "folder": str(place),
-            "graph_bytes": 0,
-        }
+        request = {**request, "device": device.type, "folder": str(place), "graph_bytes": 0}
         with child(stderr, gpu_of(device), COMMAND) as process:
             made = converse(process, stderr, request, b"", None, None, ADVICE)
         assert isinstance(made, dict)
         with resource_errors(path):
             publish(Path(made["package"]), path)
             sync_folder(path.parent)
-    record = record.model_copy(update={"attentions": made["attentions"]})
+    return made
+
+
+def package_output(folder: Path, record: PlanRecord, made: dict[str, Any]) -> StageOutput:
+    """The stage's file, record and cost."""
     return StageOutput(
-        files={record.file: file_record(path)},
+        files={record.file: file_record(folder / record.file)},
         facts={"plan": record.model_dump(mode="json")},
         child_peak_rss_bytes=made["peak_rss_bytes"],
     )

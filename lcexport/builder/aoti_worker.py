@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 
+from lcexport.configs.components import Component
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import BuildError
 from lcexport.configs.tasks import Job
 from lcexport.engines.host import peak_rss_bytes
 from lcexport.engines.trt.worker import Answer, serve
+from lcexport.graph.components import export_component
 from lcexport.graph.programs import export_program
-from lcexport.graph.trace import GraphSpec
+from lcexport.graph.trace import BULK, GraphSpec
 
 SETTINGS: dict[str, Any] = {
     # Values pass through bfloat16 where the model says so, in a fused kernel as well: what is
@@ -36,14 +39,12 @@ SHOWN_ERRORS = 2
 
 
 def compile_package(request: dict[str, Any], _: bytes, __: Answer) -> object:
-    """What the request asks for; its package, its attentions, and the memory it took."""
+    """What the request asks for: its package, its attentions, and the memory it took; of a
+    component also its plan, which nothing but its program tells.
+    """
     folder = Path(request["folder"])
     use_folder(folder)
-    config = DiTConfig.model_validate(request["config"])
-    job = Job.model_validate(request["job"])
-    spec = GraphSpec.from_job(config, job, request["batch"], request["precision"])
-    part, weights, device = request["part"], request["weights"], request["device"]
-    program = export_program(config, spec, part, weights, device)
+    program, plan = exported(request)
     package = folder / "package.pt2"
     try:
         torch._inductor.aoti_compile_and_package(
@@ -51,7 +52,7 @@ def compile_package(request: dict[str, Any], _: bytes, __: Answer) -> object:
         )
     except Exception as error:  # Inductor's have no common base
         raise BuildError(
-            f"AOTInductor cannot compile {part}", got=said(error),
+            f"AOTInductor cannot compile {request['part']}", got=said(error),
             do="Try another version of torch or of the C++ compiler.",
         ) from error  # fmt: skip
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
@@ -59,7 +60,22 @@ def compile_package(request: dict[str, Any], _: bytes, __: Answer) -> object:
         "package": str(package),
         "attentions": sum(node.target is ATTENTION for node in program.graph.nodes),
         "peak_rss_bytes": max(peak_rss_bytes(), children),
+        "plan": plan,
     }
+
+
+def exported(request: dict[str, Any]) -> tuple[ExportedProgram, object]:
+    """The program of a part of the DiT, or that of a component and what it takes and gives."""
+    part, device = request["part"], request["device"]
+    if "component" in request:
+        component = Component.model_validate(request["component"])
+        dtype, bundle = BULK[request["precision"]], Path(request["bundle"])
+        made = export_component(component, part, bundle, dtype, device, request["file"])
+        return made.program, made.plan.model_dump(mode="json")
+    config = DiTConfig.model_validate(request["config"])
+    job = Job.model_validate(request["job"])
+    spec = GraphSpec.from_job(config, job, request["batch"], request["precision"])
+    return export_program(config, spec, part, request["weights"], device), None
 
 
 def use_folder(folder: Path) -> None:

@@ -54,6 +54,7 @@ class BuildOptions(BaseModel):
     segments: int = Field(default=0, ge=0, le=1000)  # 0: as few as the memory allows
     trt: TrtOptions = TrtOptions()
     ep_context: bool = False
+    compile_components: bool = False
     loras: tuple[LoraChoice, ...] = ()
     add: bool = False
     resume: bool = False
@@ -77,6 +78,7 @@ class BuildOptions(BaseModel):
             backend_module(backend)
         self._consistent_plans()
         self._consistent_contexts()
+        self._consistent_components()
         return self
 
     def _consistent_plans(self) -> None:
@@ -115,6 +117,23 @@ class BuildOptions(BaseModel):
                     f"onnxruntime-{compiled} runs the plans of {compiled}: add --ep-context and "
                     f"--backend {compiled},onnxruntime-{compiled}"
                 )
+
+    def _consistent_components(self) -> None:
+        """Text encoder and VAE are compiled by the backend that runs them compiled."""
+        if self.compile_components and "aotinductor" not in self.backends:
+            raise UsageError(
+                "--compile-components compiles with AOTInductor",
+                got=f"--backend {','.join(self.backends)}",
+                wanted="aotinductor among them",
+                do="Add --backend aotinductor, or leave --compile-components out.",
+            )
+        if self.compile_components and self.only == "export":
+            raise UsageError(
+                "--compile-components compiles, and --only export stops before that",
+                got="--only export",
+                wanted="--only all or compile",
+                do="Leave one of the two out.",
+            )
 
     def fingerprint(self) -> dict[str, object]:
         """What must be equal for a build to be resumed: everything but `resume` itself.

@@ -4,21 +4,25 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lcexport.builder.components import components_to_compile
 from lcexport.builder.options import BuildOptions, staging_folder
 from lcexport.checkpoint import Checkpoint, is_island
 from lcexport.checkpoint.names import name_pairs
+from lcexport.configs.components import Component
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import ResourceError
 from lcexport.configs.tasks import Job, task_in
 from lcexport.engines import TENSORRT
+from lcexport.engines.bundle import read_manifest
 from lcexport.engines.host import available_memory_bytes
 from lcexport.engines.trt.compile import build_bytes
 from lcexport.flops import job_flops, share_saved
 from lcexport.graph.segments import propose_segments
+from lcexport.runtime.text import umt5_shapes
 
 GRAPH_BYTES = 2 << 20  # one graph, generously: 0.6 MB were seen for 48 blocks
 EXPORT_BYTES = 800 << 20  # torch and the exporter themselves: 0.4 GB were seen
@@ -87,6 +91,8 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     disk += (inside + PLAN_CODE_BYTES * plans) * len(sizes) * len(options.tensorrt)
     packages = "aotinductor" in options.compiled
     disk += PACKAGE_BYTES * PARTS * len(sizes) * packages
+    compiled = components_to_compile(options, jobs, compiled_before(options))
+    disk += PACKAGE_BYTES * sum(len(component.parts) for component in compiled)
     disk += golden if options.only == "all" else 0
     if options.resume and (unfinished := staging_folder(options.output)).is_dir():
         disk = max(0, disk - tree_bytes(unfinished))  # what is there already was paid for
@@ -95,6 +101,8 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     if options.only == "all":
         # Eager torch, which makes the reference outputs, multiplies int8 weights out.
         memory = max(memory, EXPORT_BYTES + weights_bytes(config, options.precision) + largest)
+    if compiled and options.only == "all":
+        memory = max(memory, EXPORT_BYTES + check_bytes(checkpoint, options.precision))
     if packages:
         memory = max(memory, EXPORT_BYTES + PACKAGE_BUILD_BYTES)
     if options.tensorrt:
@@ -102,7 +110,7 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     return Plan(
         model=str(checkpoint.folder),
         output=str(options.output),
-        stages=tuple(stage_names(options, jobs)),
+        stages=tuple(stage_names(options, jobs, compiled)),
         weights_bytes=weights,
         components_bytes=sum(components.values()),
         disk_needed_bytes=disk,
@@ -149,8 +157,25 @@ def refuse_shortage(plan: Plan) -> None:
         )
 
 
-def stage_names(options: BuildOptions, jobs: Iterable[Job]) -> list[str]:
-    """The stages in order; `graph:480p` and so on once per graph."""
+def compiled_before(options: BuildOptions) -> Collection[str]:
+    """The components that a bundle has compiled already, where one is added to."""
+    return read_manifest(options.output).components if options.add else ()
+
+
+def check_bytes(checkpoint: Checkpoint, precision: str) -> int:
+    """What the largest component to check holds in memory: the text encoder's weights."""
+    shapes = umt5_shapes(checkpoint.components["text_encoder"])
+    return sum(map(math.prod, shapes.values())) * ELEMENT_BYTES[precision]
+
+
+def stage_names(
+    options: BuildOptions, jobs: Iterable[Job], compiled: Iterable[Component] = ()
+) -> list[str]:
+    """The stages in order; `graph:480p` and so on once per graph.
+
+    Args:
+        compiled: the components that are compiled.
+    """
     names = [] if options.add else ["weights", "components"]
     for job in jobs:
         names.append(f"graph:{job.name}")
@@ -161,6 +186,10 @@ def stage_names(options: BuildOptions, jobs: Iterable[Job]) -> list[str]:
         if options.only == "all":
             names.append(f"golden:{job.name}")
             names += [f"engine:{backend}:{job.name}" for backend in options.engines]
+    for component in compiled:
+        names.append(f"compile:aotinductor:{component.name}")
+        if options.only == "all":
+            names.append(f"check:aotinductor:{component.name}")
     return names
 
 

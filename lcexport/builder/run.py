@@ -1,7 +1,7 @@
 """The build itself: stages in order, and the manifest that grows with them."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from lcexport.builder.compile import (
     plans_folder,
     require_compiler,
 )
+from lcexport.builder.components import component_stages, components_to_compile
 from lcexport.builder.options import BuildOptions
 from lcexport.builder.plan import Plan, make_plan, refuse_shortage
 from lcexport.builder.sparse_kernel import require_sparse_kernel
@@ -73,7 +74,7 @@ def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bu
             # Under the lock: another builder may have added to the bundle a moment ago.
             jobs = options.jobs(checkpoint.config)
             old = addable_bundle(options, jobs)
-            addition.claim(made_by(options, jobs))
+            addition.claim(made_by(options, jobs, old))
             addition.publish(run_stages(addition, checkpoint, options, old, report))
         return open_bundle(options.output)
     fingerprint = {
@@ -105,10 +106,12 @@ def preflight(
     return checkpoint
 
 
-def made_by(options: BuildOptions, jobs: Iterable[Job]) -> list[str]:
+def made_by(options: BuildOptions, jobs: Sequence[Job], old: Manifest) -> list[str]:
     """The files and folders that adding these graphs makes."""
+    components = components_to_compile(options, jobs, old.components)
     names = [make(job) for job in jobs for make in (graph_name, fused_name, golden_name)]
     made = (plans_folder, context_name) if options.ep_context else (plans_folder,)
+    names += [plans_folder("aotinductor", component.name) for component in components]
     return names + [f(b, job.name) for b in options.compiled for job in jobs for f in made]
 
 
@@ -126,8 +129,15 @@ def run_stages(
     else:
         engines = dict.fromkeys(old.backends + options.engines)
         manifest = old.model_copy(update={"backends": tuple(engines)})
-    for job in options.jobs(checkpoint.config):
+    jobs = options.jobs(checkpoint.config)
+    for job in jobs:
         manifest = job_stages(stage, place.folder, job, options, manifest, report)
+    for component in components_to_compile(options, jobs, manifest.components):
+        record, done = component_stages(stage, place.folder, component, options, manifest)
+        for one in done:
+            manifest = grown(manifest, one)
+        components = {**manifest.components, component.name: record}
+        manifest = manifest.model_copy(update={"components": components})
     return manifest
 
 
@@ -226,13 +236,13 @@ def first_manifest(options: BuildOptions, stages: list[DoneStage]) -> Manifest:
     )
 
 
-def grown(manifest: Manifest, done: DoneStage, record: GraphRecord) -> Manifest:
-    """`manifest` with one stage's files and cost, and one graph put in or updated."""
+def grown(manifest: Manifest, done: DoneStage, record: GraphRecord | None = None) -> Manifest:
+    """`manifest` with one stage's files and cost, and where given one graph put in or updated."""
     return manifest.model_copy(
         update={
             "files": {**manifest.files, **done.output.files},
             "stages": (*manifest.stages, done.record),
-            "graphs": {**manifest.graphs, record.name: record},
+            "graphs": {**manifest.graphs, **({record.name: record} if record else {})},
         }
     )
 
@@ -242,7 +252,8 @@ def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:
     if options.add:
         addable_bundle(options, options.jobs(checkpoint.config))
     else:
-        check_components(checkpoint, required=COMPONENTS if options.only == "all" else ())
+        needed = options.only == "all" or options.compile_components
+        check_components(checkpoint, required=COMPONENTS if needed else ())
     for backend in options.compiled + options.engines:
         require_backend(backend, options.precision, options.device)
     if "aotinductor" in options.compiled:
@@ -274,7 +285,8 @@ def addable_bundle(options: BuildOptions, jobs: Iterable[Job]) -> Manifest:
         if job.name in manifest.graphs:
             raise UsageError(f"the bundle {options.output} has {job.name} already")
     parts = {name.split("/")[0] for name in manifest.files}
-    if options.only == "all" and (missing := [name for name in COMPONENTS if name not in parts]):
+    needed = options.only == "all" or options.compile_components
+    if needed and (missing := [name for name in COMPONENTS if name not in parts]):
         raise UsageError(
             f"the bundle {options.output} was exported without {', '.join(missing)}",
             do="Add to it with --only export, or build a whole one.",

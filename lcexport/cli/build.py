@@ -93,6 +93,13 @@ LoraOption = Annotated[
 EpContextOption = Annotated[
     bool, typer.Option("--ep-context", help="Wrap the plans in an ONNX model for ONNX Runtime.")
 ]
+CompileComponentsOption = Annotated[
+    bool,
+    typer.Option(
+        "--compile-components",
+        help="Compile the text encoder and the VAE's decoder too; aotinductor only.",
+    ),
+]
 
 
 @app.command()
@@ -117,6 +124,7 @@ def build(
     targets: TargetsOption = None,
     trt: TrtOption = None,
     ep_context: EpContextOption = False,
+    compile_components: CompileComponentsOption = False,
     lora: LoraOption = None,
     add: Annotated[bool, typer.Option("--add", help="Add the graphs to a bundle.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a killed build.")] = False,
@@ -139,7 +147,8 @@ def build(
         refine_cond_frames=refine_cond_frames, dense=dense, output=output, precision=precision,
         islands=islands, weights_dtype=weights_dtype, backends=backend, batch=batch, device=device,
         only=only, weights=weights, segments=segments, targets=targets, trt=pairs(trt or ()),
-        ep_context=ep_context, loras=lora or (), add=add, resume=resume,
+        ep_context=ep_context, compile_components=compile_components, loras=lora or (), add=add,
+        resume=resume,
     )  # fmt: skip
     if dry_run:
         show_the_plan(options, as_json)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from lcexport.engines.bundle import Bundle, EngineRecord
+from lcexport.engines.bundle import Bundle, ComponentRecord, EngineRecord
 from lcexport.graph.check import Violation
 from lcexport.runtime import LongVideo, Video
 from lcexport.show.build import show_stages
@@ -73,7 +73,31 @@ def show_bundle(bundle: Bundle) -> None:
         for backend, compiled in manifest.engines.items():
             for resolution, engine in compiled.items():
                 show_fact("engine", f"{backend} {resolution}: {how_compiled(engine)}")
+    if manifest.components:
+        out.print(components_table(manifest.components))
     show_stages(bundle)
+
+
+def components_table(components: Mapping[str, ComponentRecord]) -> Table:
+    """What was compiled besides the DiT, and how far from the library's it was at the most."""
+    columns = ("component", "compiled by", "for", ">packages", ">largest error", "library")
+    rows = table("Compiled components", *columns)
+    for name, record in components.items():
+        errors = [found["relative_l2"] for found in record.errors.values()]
+        rows.add_row(
+            name,
+            f"{record.product} {record.version}",
+            built_for(record),
+            str(len(record.plans)),
+            f"l2 {max(errors):.2g}" if errors else "",
+            verified_text(record),
+        )
+    return rows
+
+
+def verified_text(engine: EngineRecord) -> Text:
+    """Whether it was run where it was built."""
+    return Text("verified", "green") if engine.verified else Text("not run", "yellow")
 
 
 def engines_table(engines: Mapping[str, Mapping[str, EngineRecord]]) -> Table:
@@ -89,7 +113,7 @@ def engines_table(engines: Mapping[str, Mapping[str, EngineRecord]]) -> Table:
                 built_for(engine),
                 str(len(engine.plans)),
                 str(attentions_of(engine)),
-                Text("verified", "green") if engine.verified else Text("not run", "yellow"),
+                verified_text(engine),
             )
     return rows
 

@@ -9,9 +9,11 @@ diagnostics   six measurements of the sampler's usual mistakes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lcexport.configs.components import components_of
 from lcexport.engines import backend_module
-from lcexport.engines.bundle import Bundle, read_manifest
+from lcexport.engines.bundle import Bundle, ComponentRecord, read_manifest
 from lcexport.verify.levels import (
+    component_level,
     hash_level,
     load_level,
     module_level,
@@ -90,3 +92,15 @@ def later_levels(
                         yield load_level(bundle, size, backend, device)
                     else:
                         yield from step_level(bundle, size, backend, device)
+        if level in ("load", "step"):
+            for record in compiled_components(bundle, engines, sizes):
+                yield from component_level(bundle, record, level, device)
+
+
+def compiled_components(
+    bundle: Bundle, engines: tuple[str, ...], sizes: tuple[str, ...]
+) -> list[ComponentRecord]:
+    """What these engines run compiled besides the DiT, at these resolutions."""
+    used = {component.name for component in components_of(bundle.graph(s).job for s in sizes)}
+    records = bundle.manifest.components.items()
+    return [record for name, record in records if name in used and record.product in engines]

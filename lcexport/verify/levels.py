@@ -7,16 +7,18 @@ import numpy as np
 import torch
 
 from lcexport import runtime
-from lcexport.compare import STEP_TOLERANCE, VIDEO_TOLERANCE, difference
+from lcexport.builder.components import component_errors
+from lcexport.compare import COMPONENT_TOLERANCE, STEP_TOLERANCE, VIDEO_TOLERANCE, difference
 from lcexport.configs.errors import IntegrityError
 from lcexport.configs.tasks import Job
 from lcexport.engines import open_engine
-from lcexport.engines.bundle import Bundle, check_file
+from lcexport.engines.aoti_components import open_component
+from lcexport.engines.bundle import Bundle, ComponentRecord, check_file
 from lcexport.golden import against_golden, read_golden
 from lcexport.runtime import StepEvent
 from lcexport.verify.diagnostics import diagnose
 from lcexport.verify.modules import check_modules
-from lcexport.verify.report import Check, compared
+from lcexport.verify.report import Check, Level, compared
 
 PROMPT = "a red circle moves left"
 VIDEO_STEPS = 4
@@ -48,6 +50,21 @@ def load_level(bundle: Bundle, resolution: str, backend: str, device: str) -> Ch
     return Check(
         "load", resolution, backend, "inputs and outputs", got, "as manifest", found == recorded
     )
+
+
+def component_level(
+    bundle: Bundle, record: ComponentRecord, level: Level, device: str
+) -> Iterator[Check]:
+    """Open a compiled component; at the level of steps, hold it against the library's again."""
+    name, backend = record.component.name, record.product
+    if level == "load":
+        packages = open_component(bundle, record, torch.device(device))
+        got = {"packages": float(len(packages))}
+        yield Check("load", name, backend, "packages", got, "all load", True)
+        return
+    tolerance = COMPONENT_TOLERANCE[bundle.manifest.precision]
+    for part, found in component_errors(bundle, record, device):
+        yield compared("step", name, backend, part, found, tolerance)
 
 
 def module_level(bundle: Bundle, resolution: str) -> Iterator[Check]:

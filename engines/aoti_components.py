@@ -1,0 +1,118 @@
+"""The text encoder and the VAE's decoder in AOTInductor's packages, which have no weights.
+
+They take those of the library's model, wherever it is when they are called: moving it off the GPU
+between uses, or loading it for each, is as it was.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._C._aoti import AOTIModelPackageLoader
+
+from lcexport.configs.components import Component
+from lcexport.configs.errors import IntegrityError, UsageError
+from lcexport.engines import TensorSpec
+from lcexport.engines.aoti import load_package, placed, specs
+from lcexport.engines.aoti_target import BACKEND, check_here
+from lcexport.engines.bundle import Bundle, ComponentRecord, PlanRecord
+from lcexport.engines.trt.backend import plan_files
+from lcexport.engines.trt.memory import number_of
+from lcexport.engines.trt.reader import PlanFile
+from lcexport.engines.trt.rebuild import rebuild_command
+
+
+class ComponentPackage:
+    """One function of a component, loaded. Called with the library's model and its own inputs.
+
+    Args:
+        plan: names, shapes and dtypes of its inputs, weights and outputs.
+        file: the package, checked against its digest before it is loaded.
+        rebuild: what to do where it does not load.
+
+    Raises:
+        IntegrityError: not the manifest's package.
+        IncompatibleError: torch does not load it.
+    """
+
+    def __init__(
+        self, plan: PlanRecord, file: PlanFile, device: torch.device, rebuild: str
+    ) -> None:
+        self._inputs, self._weights = specs(plan.inputs), specs(plan.weights)
+        self._device = device
+        self._loader: AOTIModelPackageLoader | None = load_package(file, device, rebuild)
+
+    def __call__(self, model: nn.Module, *tensors: Tensor) -> Sequence[Tensor]:
+        """Its outputs, made anew.
+
+        Raises:
+            UsageError: an input has another shape, dtype or place.
+            IntegrityError: the model's weights are not those it was compiled for.
+        """
+        if self._loader is None:
+            raise UsageError("the compiled component is closed")
+        for spec, tensor in zip(self._inputs, tensors, strict=True):
+            spec.check(tensor, self._device)
+        weights = weights_of(model, self._weights)
+        with torch.no_grad(), placed(self._device):
+            made = self._loader.run([*tensors, *weights])
+        # The compiler drops copies, and what comes out may be a part of a larger tensor: the next
+        # call takes dense ones only, and all of the larger one would stay in memory.
+        return [tensor.contiguous() for tensor in made]
+
+    def close(self) -> None:
+        """Unload the package. Harmless when called twice."""
+        self._loader = None
+
+
+def weights_of(model: nn.Module, wanted: Sequence[TensorSpec]) -> list[Tensor]:
+    """The model's weights in the package's order, dense, as it takes them."""
+    there = dict(model.named_parameters())
+    found = []
+    for spec in wanted:
+        weight = there.get(spec.name)
+        if weight is None or (tuple(weight.shape), weight.dtype) != (spec.shape, spec.dtype):
+            raise IntegrityError(
+                f"the component does not fit its package: {spec.name}",
+                got="no such weight" if weight is None else f"{weight.dtype} {list(weight.shape)}",
+                wanted=f"{spec.dtype} {list(spec.shape)}",
+                do="Rebuild the bundle, or load it with compiled_components=False.",
+            )
+        found.append(weight.detach().contiguous())
+    return found
+
+
+def open_components(
+    bundle: Bundle, device: torch.device
+) -> dict[str, tuple[ComponentPackage, ...]]:
+    """Every compiled component of a bundle by `Component.name`, its packages in order.
+
+    Raises:
+        IncompatibleError: compiled for something else; says the command that compiles them here.
+        IntegrityError: a file is not the one the manifest names.
+    """
+    records = bundle.manifest.components
+    return {name: open_component(bundle, record, device) for name, record in records.items()}
+
+
+def open_component(
+    bundle: Bundle, record: ComponentRecord, device: torch.device
+) -> tuple[ComponentPackage, ...]:
+    """One of them; see `open_components`."""
+    if device.type == "cuda":
+        device = torch.device("cuda", number_of(device))
+    rebuild = rebuilding(bundle, record.component, device)
+    check_here(record, device, rebuild)
+    files = plan_files(bundle, record)
+    return tuple(
+        ComponentPackage(plan, file, device, rebuild)
+        for plan, file in zip(record.plans, files, strict=True)
+    )
+
+
+def rebuilding(bundle: Bundle, component: Component, device: torch.device) -> str:
+    """The command that compiles a component here: a build of a graph that has use for it."""
+    graphs = [bundle.graph(name) for name in bundle.manifest.engines[BACKEND]]
+    sizes = {graph.name: (graph.job.height, graph.job.width) for graph in graphs}
+    name = min(sizes, key=lambda name: sizes[name] != component.size)
+    return rebuild_command(bundle.manifest, BACKEND, name, device=device.type)
