@@ -1,0 +1,375 @@
+"""Building and running the text encoder and the VAE's decoder as packages."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcexport.builder import BuildOptions, aoti, build, components, make_plan, options_from
+from lcexport.builder.components import check_stage
+from lcexport.checkpoint import open_checkpoint
+from lcexport.configs import preset_from
+from lcexport.configs.components import components_of, text_encoder, vae_decoder
+from lcexport.configs.errors import (
+    BuildError,
+    IncompatibleError,
+    IntegrityError,
+    UsageError,
+    VerificationError,
+)
+from lcexport.engines import aoti_components
+from lcexport.engines.aoti_components import ComponentPackage, open_components
+from lcexport.engines.bundle import (
+    MANIFEST,
+    Bundle,
+    Manifest,
+    PlanRecord,
+    manifest_json,
+    open_bundle,
+    read_manifest,
+)
+from lcexport.runtime import load, save_frames
+from lcexport.verify import verify
+
+BACKEND = "aotinductor"
+SIZE = "64x96x9"
+TEXT, DECODER = text_encoder(512).name, vae_decoder(64, 96).name
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def compiled_options(demo_options, tmp_path_factory) -> BuildOptions:
+    output = tmp_path_factory.mktemp("compiled") / "bundle"
+    update = {"output": output, "backends": (BACKEND,), "compile_components": True}
+    return demo_options.model_copy(update=update)
+
+
+@pytest.fixture(scope="module")
+def built(compiled_options, build_packages) -> Bundle:
+    """A whole bundle of the demo checkpoint, everything compiled and checked. Read only."""
+    return open_bundle(build_packages(compiled_options), every_hash=True)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """The number of inputs of each call of a package from here on."""
+    noted: list[int] = []
+    plain = ComponentPackage.__call__
+
+    def note(self, model, *tensors):
+        noted.append(len(tensors))
+        return plain(self, model, *tensors)
+
+    monkeypatch.setattr(ComponentPackage, "__call__", note)
+    return noted
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """`quick("later")`: a compiler of components that takes no time and fails at that part."""
+
+    def make(victim: str = "") -> list[str]:
+        noted: list[str] = []
+
+        def package(path: Path, request: dict, options: BuildOptions) -> dict:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(request["part"])
+            if request["part"] == victim:
+                raise BuildError("it fails")
+            noted.append(path.name)
+            plan = PlanRecord(
+                file=str(path),
+                first_block=None,
+                last_block=None,
+                inputs=(),
+                outputs=(),
+                attentions=0,
+            )
+            if "file" in request:
+                plan = plan.model_copy(update={"file": request["file"]})
+            return {"plan": plan.model_dump(mode="json"), "attentions": 0, "peak_rss_bytes": 1}
+
+        monkeypatch.setattr(components, "make_package", package)
+        monkeypatch.setattr(aoti, "make_package", package)
+        return noted
+
+    return make
+
+
+@pytest.fixture
+def options(compiled_options, tmp_path) -> BuildOptions:
+    return compiled_options.model_copy(update={"output": tmp_path / "bundle", "only": "compile"})
+
+
+def test_the_manifest_has_what_was_compiled_and_what_it_was_measured_to_be(built):
+    records = built.manifest.components
+    assert list(records) == [TEXT, DECODER]
+    folder = f"engines/{BACKEND}"
+    assert [plan.file for record in records.values() for plan in record.plans] == [
+        f"{folder}/{TEXT}/encoder.pt2",
+        f"{folder}/{DECODER}/first.pt2",
+        f"{folder}/{DECODER}/later.pt2",
+    ]
+    for record in records.values():
+        assert record.verified
+        assert record.version == torch.__version__
+        assert record.errors
+        assert all(0 < found["relative_l2"] < 1e-5 for found in record.errors.values())
+        assert {plan.file for plan in record.plans} <= set(built.manifest.files)
+    assert set(records[TEXT].errors) == {"prompt", "empty prompt", "long prompt"}
+    assert len(records[DECODER].errors) == 4
+    stages = [stage.name for stage in built.manifest.stages]
+    assert f"compile:{BACKEND}:{DECODER}:2/2" in stages
+    assert f"check:{BACKEND}:{TEXT}" in stages
+
+
+def test_the_manifest_comes_back_as_it_was_and_older_ones_are_read(built, tmp_path):
+    text = manifest_json(built.manifest)
+    assert Manifest.model_validate_json(text) == built.manifest
+    old = json.loads(text)
+    del old["components"]
+    (tmp_path / MANIFEST).write_text(json.dumps(old))
+    assert read_manifest(tmp_path).components == {}
+
+
+def test_no_package_has_a_weight(built):
+    packages = [p for found in open_components(built, CPU).values() for p in found]
+    assert len(packages) == 3
+    for package in packages:
+        assert package._loader is not None
+        assert package._loader.get_constant_fqns() == []
+
+
+def test_every_frame_is_the_librarys(built, calls):
+    """The first latent frame, the second, whose past is short, and those after it."""
+    latents = torch.randn(16, 5, 8, 12, generator=torch.Generator().manual_seed(7))
+    with load(built.folder, SIZE, BACKEND) as pipe:
+        made = list(pipe.frames(latents))
+    assert calls[0] == 1
+    assert len(set(calls[1:])) == 1
+    assert len(calls) == 5
+    with load(built.folder, SIZE, BACKEND, compiled_components=False) as pipe:
+        wanted = list(pipe.frames(latents))
+    assert len(calls) == 5  # the library's: no further call
+    assert [len(group) for group in made] == [1, 4, 4, 4, 4]
+    for group, other in zip(made, wanted, strict=True):
+        torch.testing.assert_close(group, other, rtol=0, atol=1e-5)
+
+
+def test_the_text_is_the_librarys(built, calls):
+    prompts = ["a paper boat", "", "a red circle moves left " * 100]
+    with load(built.folder, SIZE, BACKEND) as pipe:
+        made = pipe.encode(prompts)
+    assert calls == [2, 2, 2]
+    with load(built.folder, SIZE, BACKEND, compiled_components=False) as pipe:
+        wanted = pipe.encode(prompts)
+    assert torch.equal(made.mask, wanted.mask)
+    assert made.mask.sum(1).tolist()[1:] == [1, 512]
+    torch.testing.assert_close(made.embeds, wanted.embeds, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("offload", ["keep", "cpu", "release"])
+def test_a_video_is_made_and_streamed_wherever_the_components_wait(
+    built, calls, offload, tmp_path, caplog
+):
+    caplog.set_level(logging.INFO, "lcexport.runtime")
+    with load(built.folder, SIZE, BACKEND, offload=offload) as pipe:
+        assert f"compiled besides the DiT: {TEXT}, {DECODER}" in caplog.text
+        latents = pipe.generate("a paper boat", seed=1, steps=1, output="latents")
+        path = save_frames(pipe.frames(latents), tmp_path / "boat.mp4", fps=15)
+    assert path.stat().st_size
+    assert len(calls) >= 1 + 3
+    assert "decoded by the library" not in caplog.text
+
+
+def test_what_was_not_compiled_is_decoded_by_the_library_and_that_is_said(built, calls, caplog):
+    caplog.set_level(logging.INFO, "lcexport.runtime")
+    with load(built.folder, SIZE, BACKEND) as pipe:
+        assert len(list(pipe.frames(torch.randn(16, 2, 4, 4)))) == 2
+    assert (
+        "frames of 32 x 32, of a size that was not compiled: decoded by the library" in caplog.text
+    )
+    with load(built.folder, SIZE, BACKEND, vae_tiling=True) as pipe:
+        list(pipe.frames(torch.randn(16, 2, 8, 12)))
+    assert "frames of 64 x 96, in tiles: decoded by the library" in caplog.text
+    assert calls == []
+
+
+def test_other_backends_do_without_them(built, calls):
+    with load(built.folder, SIZE, "onnxruntime") as pipe:
+        list(pipe.frames(torch.randn(16, 1, 8, 12)))
+    assert calls == []
+
+
+def test_a_closed_pipeline_holds_no_package(built):
+    with load(built.folder, SIZE, BACKEND) as pipe:
+        package = pipe.components._vae._component._packages[DECODER][0]  # pyright: ignore
+    with pytest.raises(UsageError, match="closed"):
+        package(torch.nn.Module(), torch.zeros(1))
+
+
+def test_verify_holds_them_against_the_library_again(built):
+    report = verify(built.folder, level="step")
+    assert report.ok
+    rows = [(c.level, c.resolution) for c in report.checks if c.resolution in (TEXT, DECODER)]
+    assert rows.count(("load", TEXT)) == rows.count(("load", DECODER)) == 1
+    assert (rows.count(("step", TEXT)), rows.count(("step", DECODER))) == (3, 4)
+
+
+def test_a_package_that_is_wrong_fails_the_build(built, compiled_options, monkeypatch):
+    """A thousandth off, in the pixels alone: later frames get the right past."""
+    plain = ComponentPackage.__call__
+
+    def off(self, model, *tensors):
+        pixels, *past = plain(self, model, *tensors)
+        return [pixels * (1.001 if tensors[1:] else 1), *past]
+
+    monkeypatch.setattr(ComponentPackage, "__call__", off)
+    with pytest.raises(VerificationError, match=rf"{DECODER}.*\(second latent frame\)"):
+        check_stage(built, built.manifest.components[DECODER], compiled_options)
+
+
+def test_a_modified_package_is_refused_before_it_is_loaded(built, tmp_path, monkeypatch):
+    copied = tmp_path / "bundle"
+    shutil.copytree(built.folder, copied)
+    package = copied / "engines" / BACKEND / DECODER / "later.pt2"
+    data = bytearray(package.read_bytes())
+    data[len(data) // 2] ^= 1
+    package.write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"later\.pt2.*SHA-256"):
+        load(copied, SIZE, BACKEND)
+    unchecked = Bundle(copied, read_manifest(copied))
+    with pytest.raises(IntegrityError, match=r"later\.pt2 is not the plan.*Do not load it"):
+        open_components(unchecked, CPU)
+
+
+def test_packages_for_something_else_are_refused_with_the_command(built, monkeypatch, taken):
+    record = built.manifest.components[DECODER].model_copy(update={"version": "2.12.0"})
+    changed = {**built.manifest.components, DECODER: record}
+    manifest = built.manifest.model_copy(update={"components": changed})
+    loaded = []
+    plain = aoti_components.load_package
+
+    def note(file, *rest):
+        loaded.append(file.path.name)
+        return plain(file, *rest)
+
+    monkeypatch.setattr(aoti_components, "load_package", note)
+    with pytest.raises(IncompatibleError, match=r"another torch.*wanted torch 2\.12\.0") as caught:
+        open_components(Bundle(built.folder, manifest), CPU)
+    assert loaded == ["encoder.pt2"]
+    command = str(caught.value.do).split(": ", 1)[1]
+    asked = taken(command)
+    assert asked.compile_components
+    assert asked.presets == (preset_from(SIZE),)
+
+
+def test_weights_of_another_model_are_refused(built):
+    (package,) = open_components(built, CPU)[TEXT]
+    tokens = torch.zeros(1, 512, dtype=torch.int64), torch.ones(1, 512, dtype=torch.bool)
+    with pytest.raises(IntegrityError, match=r"shared\.weight; got no such weight"):
+        package(torch.nn.Linear(2, 2), *tokens)
+
+
+def test_an_input_that_does_not_fit_is_refused(built):
+    (package,) = open_components(built, CPU)[TEXT]
+    with pytest.raises(UsageError, match="ids does not fit"):
+        package(torch.nn.Linear(2, 2), torch.zeros(2, 512), torch.ones(2, 512))
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ("", "got --backend onnxruntime; wanted aotinductor among them. Add --backend aotinductor"),
+        ("--backend aotinductor --only export", "got --only export; wanted --only all or compile"),
+    ],
+)
+def test_it_is_aotinductors_and_compiles(demo_checkpoint, run, tmp_path, words, match):
+    output = tmp_path / "bundle"
+    code, _, said = run(
+        "build", "--model", demo_checkpoint, "--res", SIZE, "-o", output,
+        "--compile-components", *words.split(),
+    )  # fmt: skip
+    assert code == 2
+    assert match in said
+    assert "Traceback" not in said
+    assert not output.exists()
+    with pytest.raises(UsageError, match="--compile-components"):
+        options_from(model=demo_checkpoint, res=SIZE, compile_components=True)
+
+
+def test_a_plan_names_its_stages_and_counts_its_packages(demo_checkpoint, compiled_options):
+    source = open_checkpoint(demo_checkpoint)
+    whole = compiled_options.model_copy(
+        update={"output": Path("x"), "presets": (preset_from(SIZE), preset_from("64x96x13"))}
+    )
+    plan = make_plan(source, whole)
+    without = make_plan(source, whole.model_copy(update={"compile_components": False}))
+    own = [name for name in plan.stages if name not in without.stages]
+    assert own == [
+        f"{kind}:{BACKEND}:{name}" for name in (TEXT, DECODER) for kind in ("compile", "check")
+    ]
+    assert plan.disk_needed_bytes > without.disk_needed_bytes
+
+
+def test_a_refinements_size_has_a_decoder_of_its_own(demo_options, demo_checkpoint):
+    asked = demo_options.model_copy(
+        update={"tasks": ("t2v", "i2v", "refine"), "refine_size": (128, 192)}
+    )
+    jobs = asked.jobs(open_checkpoint(demo_checkpoint).config)
+    assert [component.name for component in components_of(jobs)] == [
+        TEXT, DECODER, "vae_decoder.128x192",
+    ]  # fmt: skip
+
+
+def test_a_killed_build_goes_on_at_its_package(options, quick):
+    quick("later")
+    with pytest.raises(BuildError, match="it fails"):
+        build(options)
+    noted = quick()
+    bundle = build(options.model_copy(update={"resume": True}))
+    assert noted == ["later.pt2"]
+    records = bundle.manifest.components
+    assert [len(record.plans) for record in records.values()] == [1, 2]
+    assert not any(record.verified or record.errors for record in records.values())
+
+
+def test_what_is_there_is_not_compiled_again(options, quick):
+    quick()
+    before = build(options).manifest
+    add = options.model_copy(update={"add": True, "presets": (preset_from("64x96x13"),)})
+    noted = quick()
+    build(add)
+    assert not {"encoder.pt2", "first.pt2", "later.pt2"} & set(noted)
+    other = add.model_copy(update={"presets": (preset_from("96x64x9"),)})
+    quick("later")
+    with pytest.raises(BuildError, match="it fails"):
+        build(other)
+    folder = options.output / "engines" / BACKEND
+    assert not (folder / "vae_decoder.96x64").exists()
+    noted = quick()
+    bundle = build(other)
+    assert noted[-2:] == ["first.pt2", "later.pt2"]
+    assert list(bundle.manifest.components) == [*before.components, "vae_decoder.96x64"]
+    open_bundle(options.output, every_hash=True)
+
+
+def test_the_command_builds_inspects_and_says_how_far_it_was(built, options, quick, run):
+    quick()
+    code, out, said = run(
+        "build", "--model", options.model, "--res", SIZE, "-o", options.output, "--backend",
+        BACKEND, "--only", "compile", "--compile-components",
+    )  # fmt: skip
+    assert code == 0, said
+    assert f"compile:{BACKEND}:{DECODER}:2/2" in out
+    code, out, _ = run("inspect", options.output)
+    assert code == 0
+    assert TEXT in out
+    assert "not run" in out
+    code, out, _ = run("inspect", built.folder)
+    assert f"{built.manifest.components[TEXT].component.name}" in out
+    largest = max(found["relative_l2"] for found in built.manifest.components[TEXT].errors.values())
+    assert f"{largest:.2g}" in out
