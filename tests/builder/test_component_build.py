@@ -3,13 +3,16 @@
 import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from lcexport.builder import BuildOptions, aoti, build, components, make_plan, options_from
+from lcexport.builder import run as builder_run
 from lcexport.builder.components import check_stage
+from lcexport.builder.staging import StageOutput
 from lcexport.checkpoint import open_checkpoint
 from lcexport.configs import preset_from
 from lcexport.configs.components import components_of, text_encoder, vae_decoder
@@ -20,37 +23,58 @@ from lcexport.configs.errors import (
     UsageError,
     VerificationError,
 )
-from lcexport.engines import aoti_components
+from lcexport.engines import aoti_components, open_engine
 from lcexport.engines.aoti_components import ComponentPackage, open_components
 from lcexport.engines.bundle import (
     MANIFEST,
     Bundle,
     Manifest,
-    PlanRecord,
     manifest_json,
     open_bundle,
     read_manifest,
 )
 from lcexport.runtime import load, save_frames
-from lcexport.verify import verify
+from lcexport.verify import compiled_components
+from lcexport.verify.levels import component_level
 
 BACKEND = "aotinductor"
-SIZE = "64x96x9"
-TEXT, DECODER = text_encoder(512).name, vae_decoder(64, 96).name
+SIZE = "32x48x9"
+TEXT, DECODER = text_encoder(512).name, vae_decoder(32, 48).name
 CPU = torch.device("cpu")
+
+
+def no_package(path: Path, request: dict, options: BuildOptions) -> dict:
+    """A compiler that takes no time: the package is what was asked for, as text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(request["part"])
+    plan = {"file": request.get("file"), "first_block": None, "last_block": None}
+    plan |= {"inputs": (), "outputs": (), "attentions": 0}
+    return {"plan": plan, "attentions": 0, "peak_rss_bytes": 1}
 
 
 @pytest.fixture(scope="module")
 def compiled_options(demo_options, tmp_path_factory) -> BuildOptions:
     output = tmp_path_factory.mktemp("compiled") / "bundle"
     update = {"output": output, "backends": (BACKEND,), "compile_components": True}
-    return demo_options.model_copy(update=update)
+    return demo_options.model_copy(update=update | {"presets": (preset_from(SIZE),)})
 
 
 @pytest.fixture(scope="module")
 def built(compiled_options, build_packages) -> Bundle:
-    """A whole bundle of the demo checkpoint, everything compiled and checked. Read only."""
-    return open_bundle(build_packages(compiled_options), every_hash=True)
+    """A bundle of the demo checkpoint, its components compiled and checked, its DiT neither (see
+    `test_aoti_build`): what runs it here is ONNX Runtime. Read only.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aoti, "make_package", no_package)
+        patch.setattr(builder_run, "engine_stage", lambda *_: StageOutput(files={}))
+        return open_bundle(build_packages(compiled_options), every_hash=True)
+
+
+@pytest.fixture
+def opened(built):
+    """`opened(offload="cpu")` is its pipeline."""
+    with open_engine("onnxruntime", built, SIZE) as engine:
+        yield partial(load, built.folder, SIZE, BACKEND, engine=engine)
 
 
 @pytest.fixture
@@ -75,22 +99,11 @@ def quick(monkeypatch):
         noted: list[str] = []
 
         def package(path: Path, request: dict, options: BuildOptions) -> dict:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(request["part"])
+            made = no_package(path, request, options)
             if request["part"] == victim:
                 raise BuildError("it fails")
             noted.append(path.name)
-            plan = PlanRecord(
-                file=str(path),
-                first_block=None,
-                last_block=None,
-                inputs=(),
-                outputs=(),
-                attentions=0,
-            )
-            if "file" in request:
-                plan = plan.model_copy(update={"file": request["file"]})
-            return {"plan": plan.model_dump(mode="json"), "attentions": 0, "peak_rss_bytes": 1}
+            return made
 
         monkeypatch.setattr(components, "make_package", package)
         monkeypatch.setattr(aoti, "make_package", package)
@@ -143,15 +156,15 @@ def test_no_package_has_a_weight(built):
         assert package._loader.get_constant_fqns() == []
 
 
-def test_every_frame_is_the_librarys(built, calls):
+def test_every_frame_is_the_librarys(opened, calls):
     """The first latent frame, the second, whose past is short, and those after it."""
-    latents = torch.randn(16, 5, 8, 12, generator=torch.Generator().manual_seed(7))
-    with load(built.folder, SIZE, BACKEND) as pipe:
+    latents = torch.randn(16, 5, 4, 6, generator=torch.Generator().manual_seed(7))
+    with opened() as pipe:
         made = list(pipe.frames(latents))
     assert calls[0] == 1
     assert len(set(calls[1:])) == 1
     assert len(calls) == 5
-    with load(built.folder, SIZE, BACKEND, compiled_components=False) as pipe:
+    with opened(compiled_components=False) as pipe:
         wanted = list(pipe.frames(latents))
     assert len(calls) == 5  # the library's: no further call
     assert [len(group) for group in made] == [1, 4, 4, 4, 4]
@@ -159,12 +172,12 @@ def test_every_frame_is_the_librarys(built, calls):
         torch.testing.assert_close(group, other, rtol=0, atol=1e-5)
 
 
-def test_the_text_is_the_librarys(built, calls):
+def test_the_text_is_the_librarys(opened, calls):
     prompts = ["a paper boat", "", "a red circle moves left " * 100]
-    with load(built.folder, SIZE, BACKEND) as pipe:
+    with opened() as pipe:
         made = pipe.encode(prompts)
     assert calls == [2, 2, 2]
-    with load(built.folder, SIZE, BACKEND, compiled_components=False) as pipe:
+    with opened(compiled_components=False) as pipe:
         wanted = pipe.encode(prompts)
     assert torch.equal(made.mask, wanted.mask)
     assert made.mask.sum(1).tolist()[1:] == [1, 512]
@@ -173,10 +186,10 @@ def test_the_text_is_the_librarys(built, calls):
 
 @pytest.mark.parametrize("offload", ["keep", "cpu", "release"])
 def test_a_video_is_made_and_streamed_wherever_the_components_wait(
-    built, calls, offload, tmp_path, caplog
+    opened, calls, offload, tmp_path, caplog
 ):
     caplog.set_level(logging.INFO, "lcexport.runtime")
-    with load(built.folder, SIZE, BACKEND, offload=offload) as pipe:
+    with opened(offload=offload) as pipe:
         assert f"compiled besides the DiT: {TEXT}, {DECODER}" in caplog.text
         latents = pipe.generate("a paper boat", seed=1, steps=1, output="latents")
         path = save_frames(pipe.frames(latents), tmp_path / "boat.mp4", fps=15)
@@ -185,38 +198,40 @@ def test_a_video_is_made_and_streamed_wherever_the_components_wait(
     assert "decoded by the library" not in caplog.text
 
 
-def test_what_was_not_compiled_is_decoded_by_the_library_and_that_is_said(built, calls, caplog):
+def test_what_was_not_compiled_is_decoded_by_the_library_and_that_is_said(opened, calls, caplog):
     caplog.set_level(logging.INFO, "lcexport.runtime")
-    with load(built.folder, SIZE, BACKEND) as pipe:
-        assert len(list(pipe.frames(torch.randn(16, 2, 4, 4)))) == 2
+    with opened() as pipe:
+        assert len(list(pipe.frames(torch.randn(16, 2, 2, 2)))) == 2
     assert (
-        "frames of 32 x 32, of a size that was not compiled: decoded by the library" in caplog.text
+        "frames of 16 x 16, of a size that was not compiled: decoded by the library" in caplog.text
     )
-    with load(built.folder, SIZE, BACKEND, vae_tiling=True) as pipe:
-        list(pipe.frames(torch.randn(16, 2, 8, 12)))
-    assert "frames of 64 x 96, in tiles: decoded by the library" in caplog.text
+    with opened(vae_tiling=True) as pipe:
+        list(pipe.frames(torch.randn(16, 2, 4, 6)))
+    assert "frames of 32 x 48, in tiles: decoded by the library" in caplog.text
     assert calls == []
 
 
 def test_other_backends_do_without_them(built, calls):
     with load(built.folder, SIZE, "onnxruntime") as pipe:
-        list(pipe.frames(torch.randn(16, 1, 8, 12)))
+        list(pipe.frames(torch.randn(16, 1, 4, 6)))
     assert calls == []
 
 
-def test_a_closed_pipeline_holds_no_package(built):
-    with load(built.folder, SIZE, BACKEND) as pipe:
+def test_a_closed_pipeline_holds_no_package(opened):
+    with opened() as pipe:
         package = pipe.components._vae._component._packages[DECODER][0]  # pyright: ignore
     with pytest.raises(UsageError, match="closed"):
         package(torch.nn.Module(), torch.zeros(1))
 
 
 def test_verify_holds_them_against_the_library_again(built):
-    report = verify(built.folder, level="step")
-    assert report.ok
-    rows = [(c.level, c.resolution) for c in report.checks if c.resolution in (TEXT, DECODER)]
-    assert rows.count(("load", TEXT)) == rows.count(("load", DECODER)) == 1
-    assert (rows.count(("step", TEXT)), rows.count(("step", DECODER))) == (3, 4)
+    records = compiled_components(built, (BACKEND,), (SIZE,))
+    assert [record.component.name for record in records] == [TEXT, DECODER]
+    for record, rows in zip(records, (3, 4), strict=True):
+        assert [check.ok for check in component_level(built, record, "load", "cpu")] == [True]
+        found = list(component_level(built, record, "step", "cpu"))
+        assert [check.ok for check in found] == [True] * rows
+    assert compiled_components(built, ("onnxruntime",), (SIZE,)) == []
 
 
 def test_a_package_that_is_wrong_fails_the_build(built, compiled_options, monkeypatch):
@@ -304,7 +319,7 @@ def test_it_is_aotinductors_and_compiles(demo_checkpoint, run, tmp_path, words, 
 def test_a_plan_names_its_stages_and_counts_its_packages(demo_checkpoint, compiled_options):
     source = open_checkpoint(demo_checkpoint)
     whole = compiled_options.model_copy(
-        update={"output": Path("x"), "presets": (preset_from(SIZE), preset_from("64x96x13"))}
+        update={"output": Path("x"), "presets": (preset_from(SIZE), preset_from("32x48x13"))}
     )
     plan = make_plan(source, whole)
     without = make_plan(source, whole.model_copy(update={"compile_components": False}))
@@ -315,13 +330,13 @@ def test_a_plan_names_its_stages_and_counts_its_packages(demo_checkpoint, compil
     assert plan.disk_needed_bytes > without.disk_needed_bytes
 
 
-def test_a_refinements_size_has_a_decoder_of_its_own(demo_options, demo_checkpoint):
-    asked = demo_options.model_copy(
-        update={"tasks": ("t2v", "i2v", "refine"), "refine_size": (128, 192)}
+def test_a_refinements_size_has_a_decoder_of_its_own(compiled_options, demo_checkpoint):
+    asked = compiled_options.model_copy(
+        update={"tasks": ("t2v", "i2v", "refine"), "refine_size": (64, 96)}
     )
     jobs = asked.jobs(open_checkpoint(demo_checkpoint).config)
     assert [component.name for component in components_of(jobs)] == [
-        TEXT, DECODER, "vae_decoder.128x192",
+        TEXT, DECODER, "vae_decoder.64x96",
     ]  # fmt: skip
 
 
@@ -339,21 +354,18 @@ def test_a_killed_build_goes_on_at_its_package(options, quick):
 
 def test_what_is_there_is_not_compiled_again(options, quick):
     quick()
-    before = build(options).manifest
-    add = options.model_copy(update={"add": True, "presets": (preset_from("64x96x13"),)})
-    noted = quick()
-    build(add)
-    assert not {"encoder.pt2", "first.pt2", "later.pt2"} & set(noted)
-    other = add.model_copy(update={"presets": (preset_from("96x64x9"),)})
+    before = build(options).manifest.components
+    other = {"presets": (preset_from("48x32x9"),), "add": True}
     quick("later")
     with pytest.raises(BuildError, match="it fails"):
-        build(other)
+        build(options.model_copy(update=other))
     folder = options.output / "engines" / BACKEND
-    assert not (folder / "vae_decoder.96x64").exists()
+    assert not (folder / "vae_decoder.48x32").exists()
     noted = quick()
-    bundle = build(other)
+    bundle = build(options.model_copy(update=other))
     assert noted[-2:] == ["first.pt2", "later.pt2"]
-    assert list(bundle.manifest.components) == [*before.components, "vae_decoder.96x64"]
+    assert "encoder.pt2" not in noted
+    assert list(bundle.manifest.components) == [*before, "vae_decoder.48x32"]
     open_bundle(options.output, every_hash=True)
 
 
