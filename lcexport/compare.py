@@ -43,8 +43,8 @@ VIDEO_TOLERANCE: dict[Precision, Tolerance] = {
     "fp32": Tolerance(relative_l2=1e-3, cosine=0.9999),
     "bf16": Tolerance(relative_l2=1e-1, cosine=0.995),
 }
-# The text encoder, or the pixels of a latent frame, compiled: the library's own operations with sums
-# in another order. 2e-6 seen at the released widths; 3e-3 in bfloat16.
+# The text encoder, or the pixels of a latent frame, compiled: the library's operations, sums in
+# another order. 2e-6 seen at the released widths; 3e-3 in bfloat16.
 COMPONENT_TOLERANCE: dict[Precision, Tolerance] = {
     "fp32": Tolerance(relative_l2=1e-5, cosine=0.99999),
     "bf16": STEP_TOLERANCE["bf16"],
