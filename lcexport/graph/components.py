@@ -19,8 +19,9 @@ from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE
 from lcexport.configs.components import TEXT_ENCODER, Component
 from lcexport.configs.errors import IncompatibleError
 from lcexport.engines.bundle import PlanRecord, TensorRecord
+from lcexport.graph.exporter import quiet_exporter
 from lcexport.graph.programs import Program
-from lcexport.graph.trace import Untraced, quiet_exporter
+from lcexport.graph.trace import Untraced
 from lcexport.runtime.decoding import empty_past, goes_by_frames
 from lcexport.runtime.text import empty_umt5
 from lcexport.runtime.vae import empty_vae
