@@ -31,8 +31,8 @@ from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE, preset_from
 from lcexport.configs.components import Component, text_encoder, vae_decoder
 from lcexport.demo import write_tokenizer
 from lcexport.engines.aoti_components import ComponentPackage
-from lcexport.engines.bundle import PlanRecord
 from lcexport.engines.host import peak_rss_bytes, reset_peak_rss, resident_bytes
+from lcexport.engines.manifest import PlanRecord
 from lcexport.engines.trt.reader import PlanFile
 from lcexport.runtime.text import TextEncoder
 from lcexport.runtime.vae import VideoVAE

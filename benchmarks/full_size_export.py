@@ -36,7 +36,8 @@ from disk import evict, hash_speed, read_speed, write_speed
 from lcexport.checkpoint import expected_tensors
 from lcexport.configs.dit import DiTConfig
 from lcexport.engines import open_engine
-from lcexport.engines.bundle import WEIGHTS, Manifest, StageRecord, open_bundle, read_manifest
+from lcexport.engines.bundle import open_bundle
+from lcexport.engines.manifest import WEIGHTS, Manifest, StageRecord, read_manifest
 from lcexport.machine import environment
 
 CONFIG = DiTConfig(text_tokens_zero_pad=True)  # the released sizes

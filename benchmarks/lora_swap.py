@@ -31,8 +31,9 @@ from lcexport.builder import build, options_from
 from lcexport.configs.dit import DiTConfig
 from lcexport.eager import dit_from_files
 from lcexport.engines import open_engine
-from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, open_bundle
+from lcexport.engines.bundle import open_bundle
 from lcexport.engines.host import peak_rss_bytes, reset_peak_rss
+from lcexport.engines.manifest import DIT_CONFIG, WEIGHTS
 from lcexport.engines.trt.refit import overwrite
 from lcexport.lora import LoraChoice, bake, open_merge, remove, swapped
 from lcexport.lora.file import DOT, PREFIX, linears

@@ -21,7 +21,8 @@ from torch._C._aoti import AOTIModelPackageLoader
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
 from lcexport.engines import Engine, TensorSpec
 from lcexport.engines.aoti_target import BACKEND, check_here
-from lcexport.engines.bundle import Bundle, CallRecord, EngineRecord, TensorRecord
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import CallRecord, EngineRecord, TensorRecord
 from lcexport.engines.trt.backend import engine_record, plan_files
 from lcexport.engines.trt.memory import missing_gpu, number_of
 from lcexport.engines.trt.reader import PlanFile, VerifiedPlan

@@ -15,7 +15,8 @@ from lcexport.configs.errors import IntegrityError, UsageError
 from lcexport.engines import TensorSpec
 from lcexport.engines.aoti import load_package, placed, specs
 from lcexport.engines.aoti_target import BACKEND, check_here
-from lcexport.engines.bundle import Bundle, ComponentRecord, PlanRecord
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import ComponentRecord, PlanRecord
 from lcexport.engines.trt.backend import plan_files
 from lcexport.engines.trt.memory import number_of
 from lcexport.engines.trt.reader import PlanFile

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lcexport.engines.bundle import EngineRecord
+from lcexport.engines.manifest import EngineRecord
 from lcexport.engines.trt.reader import refuse_differences, this_platform
 
 BACKEND = "aotinductor"

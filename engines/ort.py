@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
 from lcexport.engines import Engine, TensorSpec
-from lcexport.engines.bundle import Bundle, GraphRecord
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import GraphRecord
 from lcexport.engines.ort_providers import (
     configure,
     first_line,

@@ -23,7 +23,8 @@ import torch
 
 from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.engines import PROVIDERS, TensorRT
-from lcexport.engines.bundle import Bundle, EngineRecord, check_file
+from lcexport.engines.bundle import Bundle, check_file
+from lcexport.engines.manifest import EngineRecord
 from lcexport.engines.trt.backend import engine_record
 from lcexport.engines.trt.product import OFFERS, loads
 from lcexport.engines.trt.rebuild import rebuild_command

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from lcexport.configs.errors import IntegrityError
-from lcexport.engines.bundle import WEIGHTS, Bundle, EngineRecord
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import WEIGHTS, EngineRecord
 
 
 @dataclass(frozen=True)

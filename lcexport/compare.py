@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from lcexport.engines.bundle import Precision
+from lcexport.engines.manifest import Precision
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from lcexport.builder.options import BUNDLES
 from lcexport.builder.plan import existing_parent
 from lcexport.configs.errors import LcexportError, UsageError
 from lcexport.engines import BACKENDS, TENSORRT, backend_module, require_backend
-from lcexport.engines.bundle import Precision
 from lcexport.engines.host import available_memory_bytes, total_memory_bytes
+from lcexport.engines.manifest import Precision
 from lcexport.engines.trt.memory import driver_version, missing_gpu
 from lcexport.engines.trt.probe import ProductState, probe
 from lcexport.engines.trt.product import OFFERS, installed_module

@@ -12,8 +12,9 @@ from lcexport.dit import LongCatDiT, dit_from_tensors
 from lcexport.dit.attention import KeyValue
 from lcexport.dit.sparse import job_sparsity
 from lcexport.engines import Engine, TensorSpec, cache_names, is_cached
-from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle, GraphRecord, TensorRecord
+from lcexport.engines.bundle import Bundle
 from lcexport.engines.eager import EagerEngine
+from lcexport.engines.manifest import DIT_CONFIG, WEIGHTS, GraphRecord, TensorRecord
 
 
 def open_engine(

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from lcexport.configs.errors import InputError
 from lcexport.engines import Engine, TensorSpec, is_cached
-from lcexport.engines.bundle import Bundle, GraphRecord, TensorRecord
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import GraphRecord, TensorRecord
 
 SEED = 20_480
 TIMESTEP = 752.0  # exact in bfloat16, so that rounding it is no difference

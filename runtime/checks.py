@@ -6,7 +6,8 @@ import torch
 
 from lcexport.configs.errors import IncompatibleError, InputError, IntegrityError
 from lcexport.engines import Engine, device_from
-from lcexport.engines.bundle import WEIGHTS, Bundle, GraphRecord
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import WEIGHTS, GraphRecord
 from lcexport.runtime.loading import DOWNLOAD_AGAIN, is_finite_number, read_config
 
 SCHEDULER_CONFIG = "scheduler/scheduler_config.json"

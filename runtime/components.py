@@ -16,8 +16,9 @@ from lcexport.configs.components import text_encoder
 from lcexport.configs.errors import IntegrityError, UsageError
 from lcexport.configs.tasks import CONTINUATIONS, Task
 from lcexport.engines import Engine, open_engine
-from lcexport.engines.bundle import WEIGHTS, Bundle, GraphRecord
+from lcexport.engines.bundle import Bundle
 from lcexport.engines.files import identity
+from lcexport.engines.manifest import WEIGHTS, GraphRecord
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.checks import (
     SCHEDULER_CONFIG,

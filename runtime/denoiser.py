@@ -8,7 +8,7 @@ import torch
 
 from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.engines import Engine, TensorSpec, is_cached, same_device
-from lcexport.engines.bundle import GraphRecord
+from lcexport.engines.manifest import GraphRecord
 from lcexport.runtime.cache import KeyValueCache, Tensors
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.components import Components

@@ -8,7 +8,7 @@ import torch
 from lcexport.configs import Preset
 from lcexport.configs.errors import UsageError
 from lcexport.configs.tasks import Task
-from lcexport.engines.bundle import WEIGHTS, GraphRecord
+from lcexport.engines.manifest import WEIGHTS, GraphRecord
 from lcexport.runtime.cache import KeyValueCache, make_cache
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.components import Components

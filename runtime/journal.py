@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
-from lcexport.engines.bundle import FileRecord
 from lcexport.engines.files import write_bytes
+from lcexport.engines.manifest import FileRecord
 
 SCHEMA_VERSION = 1
 JOURNAL = "journal.json"

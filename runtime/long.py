@@ -17,7 +17,7 @@ import torch
 
 from lcexport.configs.errors import UsageError
 from lcexport.configs.tasks import Job
-from lcexport.engines.bundle import GraphRecord
+from lcexport.engines.manifest import GraphRecord
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.conditioning import (
     Given,

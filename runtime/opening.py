@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lcexport.configs.tasks import task_from
 from lcexport.engines import Engine
-from lcexport.engines.bundle import Bundle, GraphRecord, open_bundle
+from lcexport.engines.bundle import Bundle, open_bundle
+from lcexport.engines.manifest import GraphRecord
 from lcexport.runtime.components import Components
 from lcexport.runtime.pipeline import Pipeline, first_graph
 from lcexport.runtime.residency import Offload

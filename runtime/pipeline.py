@@ -12,7 +12,8 @@ from lcexport.configs import LATENT_CHANNELS
 from lcexport.configs.errors import UsageError
 from lcexport.configs.tasks import Task
 from lcexport.engines import Engine
-from lcexport.engines.bundle import Bundle, GraphRecord, open_bundle
+from lcexport.engines.bundle import Bundle, open_bundle
+from lcexport.engines.manifest import GraphRecord
 from lcexport.runtime.cache import KeyValueCache
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.components import Components

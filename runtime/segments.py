@@ -23,9 +23,10 @@ from safetensors import safe_open
 from safetensors.numpy import save as to_safetensors
 
 from lcexport.configs.errors import LockedError, UsageError
-from lcexport.engines.bundle import COMPONENTS, WEIGHTS, Bundle, FileRecord, GraphRecord, check_file
+from lcexport.engines.bundle import Bundle, check_file
 from lcexport.engines.files import new_file, resource_errors, sha256_of, write_bytes
 from lcexport.engines.folders import FolderLock
+from lcexport.engines.manifest import COMPONENTS, WEIGHTS, FileRecord, GraphRecord
 from lcexport.runtime.cancel import CancelToken
 from lcexport.runtime.journal import (
     JOURNAL,

@@ -9,7 +9,8 @@ from lcexport.configs import preset_from
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import UsageError
 from lcexport.configs.tasks import TASKS, build_words
-from lcexport.engines.bundle import DIT_CONFIG, Bundle, GraphRecord, read_manifest
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import DIT_CONFIG, GraphRecord, read_manifest
 from lcexport.qualify import run
 
 RES, OTHER = "64x96x33", "96x64x33"

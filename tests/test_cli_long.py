@@ -9,7 +9,7 @@ from PIL import Image
 
 from lcexport import cli
 from lcexport.configs.errors import UsageError
-from lcexport.engines.bundle import MANIFEST, manifest_json, read_manifest
+from lcexport.engines.manifest import MANIFEST, manifest_json, read_manifest
 from lcexport.runtime import Pipeline, Video
 
 RES = "64x96x13"

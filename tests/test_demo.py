@@ -9,7 +9,7 @@ from lcexport.checkpoint import validate
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import ResourceError, UsageError
 from lcexport.demo import CONFIG, SIBLINGS, Sibling, make_demo_checkpoint
-from lcexport.engines.bundle import COMPONENTS
+from lcexport.engines.manifest import COMPONENTS
 
 
 def content(folder: Path) -> dict[str, bytes]:

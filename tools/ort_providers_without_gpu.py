@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lcexport.engines.bundle import EngineRecord, GraphRecord
+    from lcexport.engines.manifest import EngineRecord, GraphRecord
 
 SIZE = "64x96x9"
 TENSORRT_MAJOR = 10
@@ -133,7 +133,7 @@ def make_bundle(folder: Path) -> None:
     from lcexport.builder import BuildOptions, build
     from lcexport.configs import preset_from
     from lcexport.demo import make_demo_checkpoint
-    from lcexport.engines.bundle import EngineRecord, PlanRecord, TensorRecord
+    from lcexport.engines.manifest import EngineRecord, PlanRecord, TensorRecord
 
     checkpoint = folder.with_name("checkpoint")
     make_demo_checkpoint(checkpoint)

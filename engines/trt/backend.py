@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.engines import Engine
-from lcexport.engines.bundle import WEIGHTS, Bundle, CallRecord, EngineRecord
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import WEIGHTS, CallRecord, EngineRecord
 from lcexport.engines.trt.memory import CudaOps, Workspace, missing_gpu
 from lcexport.engines.trt.options import bf16_targets
 from lcexport.engines.trt.product import Product, open_product

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn, Self
 from pydantic import BaseModel, ConfigDict
 
 from lcexport.configs.errors import BuildError
-from lcexport.engines.bundle import TensorRecord
+from lcexport.engines.manifest import TensorRecord
 from lcexport.engines.trt.layers import (
     LOW,
     Layer,

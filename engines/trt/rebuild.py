@@ -4,7 +4,7 @@ import shlex
 
 from lcexport.configs.tasks import build_words
 from lcexport.engines import TENSORRT
-from lcexport.engines.bundle import EngineRecord, Manifest
+from lcexport.engines.manifest import EngineRecord, Manifest
 from lcexport.engines.trt.options import TrtOptions
 
 # lcexport wraps none of these: it sets no option of ONNX Runtime that fills a plan or lets it run

@@ -7,7 +7,7 @@ import torch
 from lcexport.configs.errors import IncompatibleError
 from lcexport.eager import DitEngine
 from lcexport.engines import Engine
-from lcexport.engines.bundle import GraphRecord
+from lcexport.engines.manifest import GraphRecord
 from lcexport.golden import branch_inputs, golden_inputs, run_once
 
 # A contestant's name, not a backend's. Inductor's files of one process would serve the next: one

@@ -12,7 +12,8 @@ from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.configs.tasks import Job, job_name, task_from
 from lcexport.engines import BACKENDS, COMPILED, Engine, open_engine
-from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle, GraphRecord, read_manifest
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import DIT_CONFIG, WEIGHTS, GraphRecord, read_manifest
 from lcexport.engines.ort import graph_file
 from lcexport.engines.ort_providers import plans_model
 from lcexport.flops import Flops, job_flops, share_saved

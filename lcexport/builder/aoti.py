@@ -24,8 +24,8 @@ from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import IncompatibleError
 from lcexport.configs.tasks import Job
 from lcexport.engines.aoti_target import BACKEND, compute_capability, cpu_features
-from lcexport.engines.bundle import DIT_CONFIG, EngineRecord, GraphRecord, PlanRecord
 from lcexport.engines.files import publish, resource_errors, sync_folder
+from lcexport.engines.manifest import DIT_CONFIG, EngineRecord, GraphRecord, PlanRecord
 from lcexport.engines.trt.memory import gpu_of
 from lcexport.engines.trt.reader import this_platform
 from lcexport.engines.trt.worker import child, converse, private_folder

@@ -22,7 +22,9 @@ from lcexport.builder.stages import file_record
 from lcexport.builder.staging import DoneStage, StageOutput
 from lcexport.checkpoint import is_island
 from lcexport.configs.errors import BuildError, IncompatibleError, ResourceError
-from lcexport.engines.bundle import (
+from lcexport.engines.files import resource_errors
+from lcexport.engines.host import available_memory_bytes
+from lcexport.engines.manifest import (
     CallRecord,
     EngineRecord,
     FileRecord,
@@ -30,8 +32,6 @@ from lcexport.engines.bundle import (
     PlanRecord,
     TensorRecord,
 )
-from lcexport.engines.files import resource_errors
-from lcexport.engines.host import available_memory_bytes
 from lcexport.engines.trt.memory import gpu_of
 from lcexport.engines.trt.network import Expectations
 from lcexport.engines.trt.options import TrtOptions, bf16_targets, require_supported

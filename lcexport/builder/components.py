@@ -21,7 +21,8 @@ from lcexport.configs.errors import VerificationError
 from lcexport.configs.tasks import Job
 from lcexport.engines.aoti_components import open_component
 from lcexport.engines.aoti_target import BACKEND
-from lcexport.engines.bundle import Bundle, ComponentRecord, Manifest, PlanRecord
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import ComponentRecord, Manifest, PlanRecord
 from lcexport.graph.trace import BULK
 from lcexport.runtime.decoding import Package
 from lcexport.runtime.text import TextEncoder

@@ -13,7 +13,7 @@ from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import UsageError
 from lcexport.configs.tasks import COND_FRAMES, Job, Task, jobs_for, task_from
 from lcexport.engines import COMPILED, TENSORRT, Compiled, TensorRT, backend_module
-from lcexport.engines.bundle import Islands, Precision, WeightsDtype
+from lcexport.engines.manifest import Islands, Precision, WeightsDtype
 from lcexport.engines.trt.options import TrtOptions
 from lcexport.lora import LoraChoice, choice_from
 

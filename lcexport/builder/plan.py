@@ -17,8 +17,8 @@ from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import ResourceError
 from lcexport.configs.tasks import Job, task_in
 from lcexport.engines import TENSORRT
-from lcexport.engines.bundle import read_manifest
 from lcexport.engines.host import available_memory_bytes
+from lcexport.engines.manifest import read_manifest
 from lcexport.engines.trt.compile import build_bytes
 from lcexport.flops import job_flops, share_saved
 from lcexport.graph.segments import propose_segments

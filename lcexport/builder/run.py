@@ -37,17 +37,16 @@ from lcexport.checkpoint import Checkpoint, check_components
 from lcexport.configs.errors import UsageError
 from lcexport.configs.tasks import Job
 from lcexport.engines import require_backend
-from lcexport.engines.bundle import (
+from lcexport.engines.bundle import Bundle, open_bundle
+from lcexport.engines.host import release
+from lcexport.engines.manifest import (
     COMPONENTS,
-    Bundle,
     FileRecord,
     GraphRecord,
     LoraRecord,
     Manifest,
     SourceRecord,
-    open_bundle,
 )
-from lcexport.engines.host import release
 from lcexport.graph.segments import require_segments
 from lcexport.lora import open_merge
 

@@ -17,7 +17,7 @@ from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import UsageError
 from lcexport.configs.tasks import Job
 from lcexport.dit.sparse import job_sparsity
-from lcexport.engines.bundle import DIT_CONFIG
+from lcexport.engines.manifest import DIT_CONFIG
 from lcexport.engines.trt.product import ProductName, open_product
 from lcexport.engines.trt.reader import read_here
 from lcexport.engines.trt.sparse_plugin import Kernel, plugin_module

@@ -29,19 +29,18 @@ from lcexport.configs.errors import BuildError
 from lcexport.configs.tasks import Job
 from lcexport.eager import DitEngine, dit_from_files
 from lcexport.engines import Engine, backend_module, open_engine
-from lcexport.engines.bundle import (
+from lcexport.engines.bundle import Bundle, open_bundle
+from lcexport.engines.files import sha256_of, write_bytes
+from lcexport.engines.manifest import (
     COMPONENTS,
     DIT_CONFIG,
     WEIGHTS,
     AddedRecord,
-    Bundle,
     FileRecord,
     GraphRecord,
     SourceRecord,
     TensorRecord,
-    open_bundle,
 )
-from lcexport.engines.files import sha256_of, write_bytes
 from lcexport.engines.trt.inspector import require_fused
 from lcexport.engines.trt.runtime import TrtEngine
 from lcexport.golden import against_golden, make_golden, read_golden

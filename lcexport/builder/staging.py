@@ -22,16 +22,10 @@ from lcexport.configs.errors import (
     ResourceError,
     UsageError,
 )
-from lcexport.engines.bundle import (
-    MANIFEST,
-    FileRecord,
-    Manifest,
-    StageRecord,
-    manifest_json,
-)
 from lcexport.engines.files import resource_errors, sync_folder, write_bytes
 from lcexport.engines.folders import FolderLock
 from lcexport.engines.host import peak_rss_bytes, reset_peak_rss
+from lcexport.engines.manifest import MANIFEST, FileRecord, Manifest, StageRecord, manifest_json
 
 JOURNAL = ".journal.json"
 COMPILING = "engines/*/*/.*"  # where a compiler wrote when its parent was killed

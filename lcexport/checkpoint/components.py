@@ -15,7 +15,7 @@ from lcexport.checkpoint.layout import Checkpoint
 from lcexport.checkpoint.shards import Weights, read_weights
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import InputError
-from lcexport.engines.bundle import COMPONENTS
+from lcexport.engines.manifest import COMPONENTS
 from lcexport.runtime.checks import read_shift
 from lcexport.runtime.loading import DOWNLOAD_AGAIN
 from lcexport.runtime.text import load_tokenizer, umt5_shapes

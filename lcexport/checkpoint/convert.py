@@ -26,8 +26,8 @@ from lcexport.checkpoint.scan import Progress
 from lcexport.checkpoint.stream import WriteReport, write_native, write_original
 from lcexport.checkpoint.targets import Bulk, Islands, check_choice
 from lcexport.configs.errors import ResourceError, UsageError
-from lcexport.engines.bundle import FileRecord
 from lcexport.engines.folders import check_free, new_folder
+from lcexport.engines.manifest import FileRecord
 
 To = Literal["original", "native", "int8"]
 Dtype = Literal["keep", "bf16", "fp32"]

@@ -15,8 +15,8 @@ from lcexport.checkpoint.reading import TORCH_DTYPES, read_chunks
 from lcexport.checkpoint.scan import check_finite
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import InputError
-from lcexport.engines.bundle import FileRecord
 from lcexport.engines.files import CHUNK_BYTES, new_file, resource_errors, write_bytes
+from lcexport.engines.manifest import FileRecord
 
 CLASS_NAMES: dict[Naming, str] = {
     "original": "LongCatVideoTransformer3DModel",

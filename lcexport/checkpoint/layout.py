@@ -21,7 +21,7 @@ from lcexport.checkpoint.names import Naming, name_pairs, naming_of
 from lcexport.checkpoint.shards import Weights, read_weights
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import InputError
-from lcexport.engines.bundle import COMPONENTS
+from lcexport.engines.manifest import COMPONENTS
 
 log = logging.getLogger(__name__)
 

@@ -37,8 +37,8 @@ from lcexport.checkpoint.targets import (
     original_targets,
 )
 from lcexport.configs.errors import InputError, ResourceError, UsageError
-from lcexport.engines.bundle import WeightsDtype
 from lcexport.engines.files import new_file
+from lcexport.engines.manifest import WeightsDtype
 
 PAGE_BYTES = 4096
 WAITING = 4  # chunks between the arithmetic and the disk: some 30 MB

@@ -20,7 +20,7 @@ from lcexport.checkpoint.layout import Checkpoint, Piece
 from lcexport.checkpoint.names import Pair, is_island, name_pairs
 from lcexport.checkpoint.reading import TORCH_DTYPES
 from lcexport.configs.errors import InputError, UsageError
-from lcexport.engines.bundle import Islands, WeightsDtype
+from lcexport.engines.manifest import Islands, WeightsDtype
 
 Bulk = Literal["keep", "bf16", "fp32", "int8"]
 

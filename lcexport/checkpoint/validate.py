@@ -14,7 +14,7 @@ from lcexport.checkpoint.names import Naming
 from lcexport.checkpoint.scan import Progress, ScanReport, check_scales, scan_tensors
 from lcexport.checkpoint.shards import some
 from lcexport.configs.errors import InputError
-from lcexport.engines.bundle import COMPONENTS
+from lcexport.engines.manifest import COMPONENTS
 
 DIT = "DiT"
 MAX_DEPTH = 10_000  # beyond it the configuration is nonsense and its tensors are not enumerated

@@ -12,7 +12,8 @@ from lcexport.configs.errors import BuildError, IntegrityError, VerificationErro
 @app.command()
 def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
     """Show what a bundle holds and how it was made. Needs no GPU and reads no weight."""
-    from lcexport.engines.bundle import Bundle, read_manifest
+    from lcexport.engines.bundle import Bundle
+    from lcexport.engines.manifest import read_manifest
     from lcexport.show.bundle import show_bundle
     from lcexport.show.console import show_json
 

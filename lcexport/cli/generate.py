@@ -106,7 +106,8 @@ def generate(
         joined,
         read_source,
     )
-    from lcexport.engines.bundle import Bundle, read_manifest
+    from lcexport.engines.bundle import Bundle
+    from lcexport.engines.manifest import read_manifest
 
     check_output(out, contact_sheet)
     check_continuation(

@@ -14,7 +14,8 @@ import torch
 from lcexport.configs.buckets import bucket
 from lcexport.configs.errors import UsageError
 from lcexport.configs.tasks import Job, Task, build_words
-from lcexport.engines.bundle import Bundle, GraphRecord
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import GraphRecord
 from lcexport.runtime.conditioning import Given, task_of
 from lcexport.runtime.media import (
     CONTINUATION_FPS,

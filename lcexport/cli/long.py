@@ -86,7 +86,8 @@ def long_video(
     Interrupted or killed, run the same command again: it goes on after the last finished segment.
     """
     from lcexport.cli.given import graph_for, read_source
-    from lcexport.engines.bundle import Bundle, read_manifest
+    from lcexport.engines.bundle import Bundle
+    from lcexport.engines.manifest import read_manifest
     from lcexport.runtime import generate_long, refine_long
     from lcexport.runtime.long import prompts_for
     from lcexport.show.bundle import show_long_video
@@ -147,7 +148,8 @@ def prompts_from(prompt: str | None, file: Path | None) -> list[str]:
 
 def check_refinement(folder: Path, res: str, spatial: bool, several: bool) -> None:
     """A graph that the refinement lacks is an error now, not after hours of work."""
-    from lcexport.engines.bundle import Bundle, read_manifest
+    from lcexport.engines.bundle import Bundle
+    from lcexport.engines.manifest import read_manifest
     from lcexport.runtime.long_refining import refine_tasks
 
     for task in refine_tasks(spatial, several):

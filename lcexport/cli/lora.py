@@ -27,7 +27,8 @@ def inspect(
 ) -> None:
     """Show which modules a LoRA changes, and refuse one that is damaged or does not fit."""
     from lcexport.configs.dit import DiTConfig
-    from lcexport.engines.bundle import DIT_CONFIG, open_bundle
+    from lcexport.engines.bundle import open_bundle
+    from lcexport.engines.manifest import DIT_CONFIG
     from lcexport.lora import check_fits, check_values, read_lora
     from lcexport.show.console import show_json
     from lcexport.show.lora import lora_document, show_lora

@@ -69,7 +69,7 @@ def open_pipeline(
     keep_engines: int | None = None,
 ) -> "Pipeline":
     """The bundle at a resolution, with the tasks' engines opened; arguments are the options'."""
-    from lcexport.engines.bundle import read_manifest
+    from lcexport.engines.manifest import read_manifest
     from lcexport.runtime import load
 
     return load(

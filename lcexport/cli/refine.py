@@ -69,7 +69,8 @@ def refine(
 ) -> None:
     """Enlarge a generated video and double its frames; the refinement's LoRA must be baked in."""
     from lcexport.cli.given import read_first_stage, refinement_for
-    from lcexport.engines.bundle import Bundle, read_manifest
+    from lcexport.engines.bundle import Bundle
+    from lcexport.engines.manifest import read_manifest
     from lcexport.runtime import Video
 
     check_output(out, contact_sheet)

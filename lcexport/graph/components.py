@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE
 from lcexport.configs.components import TEXT_ENCODER, Component
 from lcexport.configs.errors import IncompatibleError
-from lcexport.engines.bundle import PlanRecord, TensorRecord
+from lcexport.engines.manifest import PlanRecord, TensorRecord
 from lcexport.graph.exporter import quiet_exporter
 from lcexport.graph.programs import Program
 from lcexport.graph.trace import Untraced

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from lcexport.configs.errors import BuildError, UsageError
 from lcexport.engines import PROVIDERS, TensorRT
-from lcexport.engines.bundle import EngineRecord, GraphRecord, PlanRecord, TensorRecord
+from lcexport.engines.manifest import EngineRecord, GraphRecord, PlanRecord, TensorRecord
 from lcexport.graph.assemble import IR_VERSION
 from lcexport.graph.trace import OPSET
 

@@ -17,7 +17,7 @@ from lcexport.configs.dit import DiTConfig
 from lcexport.configs.tasks import Job
 from lcexport.dit.layers import Geometry
 from lcexport.dit.sparse import job_sparsity
-from lcexport.engines.bundle import Precision
+from lcexport.engines.manifest import Precision
 from lcexport.graph.exporter import known_operators, quiet_exporter
 from lcexport.graph.modules import (
     BlockPart,

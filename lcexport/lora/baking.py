@@ -16,21 +16,19 @@ from lcexport.checkpoint import Progress, native_checkpoint, read_header, write_
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import IncompatibleError, IntegrityError, ResourceError, UsageError
 from lcexport.eager import DitEngine, dit_from_files, require
-from lcexport.engines.bundle import (
+from lcexport.engines.bundle import Bundle, check_file, open_bundle
+from lcexport.engines.files import sha256_of, write_bytes
+from lcexport.engines.host import available_memory_bytes
+from lcexport.engines.manifest import (
     DIT_CONFIG,
     LORA_BASE,
     MANIFEST,
     WEIGHTS,
-    Bundle,
     FileRecord,
     LoraRecord,
     Manifest,
-    check_file,
     manifest_json,
-    open_bundle,
 )
-from lcexport.engines.files import sha256_of, write_bytes
-from lcexport.engines.host import available_memory_bytes
 from lcexport.golden import make_golden
 from lcexport.lora.change import changed_files, keep_same, locked_bundle
 from lcexport.lora.choice import LoraChoice

@@ -14,16 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lcexport.configs.errors import IntegrityError
-from lcexport.engines.bundle import (
-    LORA_BASE,
-    MANIFEST,
-    UNFINISHED,
-    Bundle,
-    open_bundle,
-    parse_manifest,
-)
+from lcexport.engines.bundle import Bundle, open_bundle
 from lcexport.engines.files import resource_errors, sync_folder
 from lcexport.engines.folders import FolderLock, new_folder, sweep
+from lcexport.engines.manifest import LORA_BASE, MANIFEST, UNFINISHED, parse_manifest
 
 NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV)
 

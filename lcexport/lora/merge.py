@@ -16,8 +16,8 @@ from lcexport.checkpoint import read_tensor
 from lcexport.checkpoint.layout import whole
 from lcexport.checkpoint.reading import CHUNK_ELEMENTS
 from lcexport.configs.dit import DiTConfig
-from lcexport.engines.bundle import LoraRecord
 from lcexport.engines.files import sha256_of
+from lcexport.engines.manifest import LoraRecord
 from lcexport.lora.choice import LoraChoice
 from lcexport.lora.file import LoraModule, check_fits, check_values, linears, read_lora
 

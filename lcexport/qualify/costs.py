@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from lcexport.configs.errors import LcexportError
-from lcexport.engines.bundle import EngineRecord, TensorRecord
+from lcexport.engines.manifest import EngineRecord, TensorRecord
 from lcexport.engines.trt.worker import child_environment
 from lcexport.qualify.claims import Check, Claim, Result, measured, untested
 from lcexport.qualify.subject import Subject

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lcexport.engines.bundle import EngineRecord
+from lcexport.engines.manifest import EngineRecord
 from lcexport.engines.trt.runtime import TrtEngine
 from lcexport.golden import golden_inputs, run_branch
 from lcexport.qualify.claims import Check, Claim, Result, judged, untested

@@ -5,7 +5,7 @@ The levels of `lcexport.verify`, each a claim; this file adds no check of its ow
 
 from collections.abc import Callable, Iterable, Iterator
 
-from lcexport.engines.bundle import COMPONENTS
+from lcexport.engines.manifest import COMPONENTS
 from lcexport.qualify.claims import Check, Claim, Result, judged, untested
 from lcexport.qualify.subject import Subject
 from lcexport.verify.levels import hash_level, load_level, module_level, step_level, video_level

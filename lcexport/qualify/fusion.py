@@ -6,8 +6,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lcexport.checkpoint import is_island
-from lcexport.engines.bundle import EngineRecord
 from lcexport.engines.files import write_bytes
+from lcexport.engines.manifest import EngineRecord
 from lcexport.engines.trt.inspector import EngineLayers, islands_of, read_layers, rounded
 from lcexport.engines.trt.runtime import TrtEngine
 from lcexport.graph.precision import NORM_OPS, PRODUCTS

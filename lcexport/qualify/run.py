@@ -14,9 +14,10 @@ from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.configs.tasks import build_words, task_in
 from lcexport.doctor import advised
 from lcexport.engines import COMPILED, TENSORRT, require_backend
-from lcexport.engines.bundle import Bundle, read_manifest
+from lcexport.engines.bundle import Bundle
 from lcexport.engines.files import refuse_existing, resource_errors, write_bytes
 from lcexport.engines.host import release
+from lcexport.engines.manifest import read_manifest
 from lcexport.machine import environment
 from lcexport.qualify import bisect, costs, exactness, files, fusion, speed
 from lcexport.qualify.claims import Check, Result, results_of, untested

@@ -9,8 +9,9 @@ from lcexport.configs.dit import DiTConfig
 from lcexport.dit import LongCatDiT
 from lcexport.eager import dit_from_files
 from lcexport.engines import COMPILED, TENSORRT, Engine, open_engine
-from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle, EngineRecord, GraphRecord
+from lcexport.engines.bundle import Bundle
 from lcexport.engines.host import available_memory_bytes
+from lcexport.engines.manifest import DIT_CONFIG, WEIGHTS, EngineRecord, GraphRecord
 
 
 @dataclass(frozen=True)

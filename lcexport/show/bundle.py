@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from lcexport.engines.bundle import Bundle, ComponentRecord, EngineRecord
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import ComponentRecord, EngineRecord
 from lcexport.graph.check import Violation
 from lcexport.runtime import LongVideo, Video
 from lcexport.show.build import show_stages

@@ -2,7 +2,8 @@
 
 import re
 
-from lcexport.engines.bundle import Bundle, LoraRecord
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import LoraRecord
 from lcexport.lora import LoraFile, LoraModule
 from lcexport.show.console import amount, out, show_fact, show_text, table
 

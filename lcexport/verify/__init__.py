@@ -11,7 +11,8 @@ from pathlib import Path
 
 from lcexport.configs.components import components_of
 from lcexport.engines import backend_module
-from lcexport.engines.bundle import Bundle, ComponentRecord, read_manifest
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import ComponentRecord, read_manifest
 from lcexport.verify.levels import (
     component_level,
     hash_level,

@@ -13,7 +13,8 @@ from lcexport.configs.errors import IntegrityError
 from lcexport.configs.tasks import Job
 from lcexport.engines import open_engine
 from lcexport.engines.aoti_components import open_component
-from lcexport.engines.bundle import Bundle, ComponentRecord, check_file
+from lcexport.engines.bundle import Bundle, check_file
+from lcexport.engines.manifest import ComponentRecord
 from lcexport.golden import against_golden, read_golden
 from lcexport.runtime import StepEvent
 from lcexport.verify.diagnostics import diagnose

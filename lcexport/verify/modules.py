@@ -19,7 +19,8 @@ from lcexport.configs.tasks import Job
 from lcexport.dit.model import LongCatDiT
 from lcexport.dit.sparse import job_sparsity
 from lcexport.eager import dit_from_files, keys_values
-from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, Bundle
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import DIT_CONFIG, WEIGHTS
 from lcexport.engines.ort import graph_file
 from lcexport.graph.inference import nested_functions
 from lcexport.verify.report import Check, compared

@@ -4,7 +4,7 @@ import pytest
 
 from lcexport.bench.service import PROMPT, serve
 from lcexport.configs.tasks import Task
-from lcexport.engines.bundle import read_manifest
+from lcexport.engines.manifest import read_manifest
 from lcexport.runtime import Pipeline
 from lcexport.runtime.components import Components
 

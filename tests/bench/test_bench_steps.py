@@ -11,7 +11,7 @@ from lcexport.bench import steps
 from lcexport.bench.steps import ROOM, grouped, held_bytes, measure_steps, take_turns
 from lcexport.bench.subject import subject_from
 from lcexport.builder.plan import weights_bytes
-from lcexport.engines.bundle import WEIGHTS, FileRecord
+from lcexport.engines.manifest import WEIGHTS, FileRecord
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from lcexport.configs import preset_from
 from lcexport.configs.dit import BlockSparseParams, DiTConfig
 from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.configs.tasks import jobs_for
-from lcexport.engines.bundle import WEIGHTS, EngineRecord, FileRecord
+from lcexport.engines.manifest import WEIGHTS, EngineRecord, FileRecord
 from lcexport.flops import forward_flops, job_flops, share_saved
 from lcexport.qualify import run as qualify_run
 

@@ -15,8 +15,9 @@ from lcexport.checkpoint import read_header, stream
 from lcexport.configs import preset_from
 from lcexport.configs.errors import BuildError, InputError, ResourceError, UsageError
 from lcexport.engines import open_engine
-from lcexport.engines.bundle import MANIFEST, WEIGHTS, open_bundle, read_manifest
+from lcexport.engines.bundle import open_bundle
 from lcexport.engines.host import peak_rss_bytes
+from lcexport.engines.manifest import MANIFEST, WEIGHTS, read_manifest
 from lcexport.golden import BRANCHES, read_golden, run_branch
 
 SIZE, GRAPH, GOLDEN = "64x96x9", "dit.64x96x9.onnx", "golden/64x96x9.safetensors"

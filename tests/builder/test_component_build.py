@@ -25,14 +25,8 @@ from lcexport.configs.errors import (
 )
 from lcexport.engines import aoti_components, open_engine
 from lcexport.engines.aoti_components import ComponentPackage, open_components
-from lcexport.engines.bundle import (
-    MANIFEST,
-    Bundle,
-    Manifest,
-    manifest_json,
-    open_bundle,
-    read_manifest,
-)
+from lcexport.engines.bundle import Bundle, open_bundle
+from lcexport.engines.manifest import MANIFEST, Manifest, manifest_json, read_manifest
 from lcexport.runtime import load, save_frames
 from lcexport.verify import compiled_components
 from lcexport.verify.levels import component_level

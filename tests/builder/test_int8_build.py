@@ -12,7 +12,8 @@ from lcexport.compare import difference
 from lcexport.configs import preset_from
 from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.engines import open_engine
-from lcexport.engines.bundle import WEIGHTS, open_bundle
+from lcexport.engines.bundle import open_bundle
+from lcexport.engines.manifest import WEIGHTS
 from lcexport.golden import read_golden, run_branch
 
 SIZE, MATRICES = "64x96x9", 2 + 4 * 11

@@ -12,7 +12,7 @@ from lcexport.checkpoint import open_checkpoint
 from lcexport.configs import preset_from
 from lcexport.configs.dit import BlockSparseParams, DiTConfig
 from lcexport.configs.errors import ResourceError
-from lcexport.engines.bundle import WEIGHTS
+from lcexport.engines.manifest import WEIGHTS
 
 RELEASED = DiTConfig(text_tokens_zero_pad=True)
 

@@ -13,7 +13,8 @@ from lcexport.builder import BuildOptions, build
 from lcexport.builder.staging import JOURNAL
 from lcexport.configs import preset_from
 from lcexport.configs.errors import InputError, LockedError, ResourceError, UsageError
-from lcexport.engines.bundle import MANIFEST, open_bundle, read_manifest
+from lcexport.engines.bundle import open_bundle
+from lcexport.engines.manifest import MANIFEST, read_manifest
 
 SIZE = "64x96x9"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lcexport.engines.bundle import COMPONENTS
+from lcexport.engines.manifest import COMPONENTS
 
 Tensors = dict[str, torch.Tensor]
 INDEX = "diffusion_pytorch_model.safetensors.index.json"

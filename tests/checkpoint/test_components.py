@@ -17,8 +17,8 @@ from lcexport.checkpoint.components import component_errors
 from lcexport.configs import preset_from
 from lcexport.configs.errors import InputError
 from lcexport.demo import CONFIG
-from lcexport.engines.bundle import COMPONENTS, FileRecord
 from lcexport.engines.files import sha256_of
+from lcexport.engines.manifest import COMPONENTS, FileRecord
 
 VAE, ENCODER = "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 CONV, QUERY = "decoder.conv_in.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"

@@ -15,7 +15,8 @@ from lcexport.configs import Preset
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
 from lcexport.engines import aoti, open_engine
 from lcexport.engines.aoti import AotiEngine
-from lcexport.engines.bundle import MANIFEST, Bundle, manifest_json, open_bundle, read_manifest
+from lcexport.engines.bundle import Bundle, open_bundle
+from lcexport.engines.manifest import MANIFEST, manifest_json, read_manifest
 
 BACKEND = "aotinductor"
 ATOL = 2e-5  # float32, one forward pass
@@ -150,7 +151,7 @@ def test_a_process_that_runs_packages_has_no_model_code(bundle):
     code = """
 import json, sys, torch
 from lcexport.engines import open_engine
-from lcexport.engines.bundle import open_bundle
+from lcexport.engines.bundle import (open_bundle)
 with open_engine("aotinductor", open_bundle(sys.argv[1]), "tiny") as engine:
     make = lambda specs: {s.name: torch.ones(s.shape, dtype=s.dtype) for s in specs}
     outputs = make(engine.outputs)

@@ -9,7 +9,8 @@ import pytest
 
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
 from lcexport.engines import bundle as bundles
-from lcexport.engines.bundle import MANIFEST, WEIGHTS, Manifest, open_bundle, read_manifest
+from lcexport.engines.bundle import open_bundle
+from lcexport.engines.manifest import MANIFEST, WEIGHTS, Manifest, read_manifest
 
 SIZE = "64x96x9"
 GRAPH = f"dit.{SIZE}.onnx"

@@ -12,7 +12,8 @@ import torch
 
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
 from lcexport.engines import PROVIDERS, open_engine, ort, ort_providers, require_backend
-from lcexport.engines.bundle import Bundle, EngineRecord, PlanRecord, open_bundle
+from lcexport.engines.bundle import Bundle, open_bundle
+from lcexport.engines.manifest import EngineRecord, PlanRecord
 from lcexport.engines.ort_providers import (
     CPU,
     CUDA,

@@ -10,7 +10,7 @@ from lcexport.configs import preset_from
 from lcexport.configs.errors import BuildError, UsageError
 from lcexport.configs.tasks import jobs_for
 from lcexport.engines import PROVIDERS
-from lcexport.engines.bundle import EngineRecord, GraphRecord, PlanRecord, TensorRecord
+from lcexport.engines.manifest import EngineRecord, GraphRecord, PlanRecord, TensorRecord
 from lcexport.graph.epcontext import wrap_plans
 
 

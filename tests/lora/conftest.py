@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from lcexport.builder import BuildOptions, build
 from lcexport.configs import preset_from
-from lcexport.engines.bundle import COMPONENTS
+from lcexport.engines.manifest import COMPONENTS
 
 
 @pytest.fixture

@@ -19,16 +19,16 @@ from lcexport.configs.errors import (
     UsageError,
 )
 from lcexport.configs.tasks import jobs_for
-from lcexport.engines.bundle import (
+from lcexport.engines.bundle import open_bundle
+from lcexport.engines.folders import FolderLock
+from lcexport.engines.manifest import (
     LORA_BASE,
     WEIGHTS,
     EngineRecord,
     Manifest,
     manifest_json,
-    open_bundle,
     read_manifest,
 )
-from lcexport.engines.folders import FolderLock
 from lcexport.lora import LoraChoice, bake, remove
 from lcexport.verify import verify
 

@@ -8,7 +8,8 @@ import pytest
 from lora_files import LORA_A, LORA_B, digests
 
 from lcexport.configs.errors import IntegrityError, ResourceError
-from lcexport.engines.bundle import UNFINISHED, WEIGHTS, open_bundle
+from lcexport.engines.bundle import open_bundle
+from lcexport.engines.manifest import UNFINISHED, WEIGHTS
 from lcexport.lora import LoraChoice, bake, remove
 from lcexport.lora import change as changing
 

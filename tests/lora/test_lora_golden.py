@@ -12,7 +12,8 @@ from lcexport.builder import build, options_from
 from lcexport.configs.dit import DiTConfig
 from lcexport.eager import dit_from_files
 from lcexport.engines import open_engine
-from lcexport.engines.bundle import DIT_CONFIG, WEIGHTS, open_bundle, read_manifest
+from lcexport.engines.bundle import open_bundle
+from lcexport.engines.manifest import DIT_CONFIG, WEIGHTS, read_manifest
 from lcexport.engines.trt.refit import overwrite
 from lcexport.golden import run_once
 from lcexport.lora import LoraChoice, bake, open_merge, remove, swapped

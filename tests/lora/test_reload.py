@@ -7,8 +7,8 @@ import torch
 from lora_files import LORA_A, SIZE
 
 from lcexport.configs.errors import IntegrityError, UsageError
-from lcexport.engines.bundle import MANIFEST
 from lcexport.engines.files import sha256_of
+from lcexport.engines.manifest import MANIFEST
 from lcexport.lora import bake, choice_from, remove
 from lcexport.runtime import load
 

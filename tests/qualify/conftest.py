@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from lcexport.builder import BuildOptions, build
-from lcexport.engines.bundle import MANIFEST, Bundle, read_manifest
+from lcexport.engines.bundle import Bundle
 from lcexport.engines.files import sha256_of
+from lcexport.engines.manifest import MANIFEST, read_manifest
 from lcexport.qualify import costs, speed
 from lcexport.qualify.subject import Subject
 

@@ -13,7 +13,8 @@ from lcexport.builder import BuildOptions, build
 from lcexport.configs import Preset
 from lcexport.configs.tasks import Task, jobs_for
 from lcexport.engines import TensorSpec
-from lcexport.engines.bundle import (
+from lcexport.engines.files import sha256_of
+from lcexport.engines.manifest import (
     MANIFEST,
     FileRecord,
     GraphRecord,
@@ -21,7 +22,6 @@ from lcexport.engines.bundle import (
     SourceRecord,
     TensorRecord,
 )
-from lcexport.engines.files import sha256_of
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 TOKENS, WIDTH = 12, 64  # of the golden text encoder

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lcexport.configs.errors import UsageError
-from lcexport.engines.bundle import LoraRecord
+from lcexport.engines.manifest import LoraRecord
 from lcexport.runtime import load
 
 OPTIONS = {"steps": 1, "guidance_scale": 1, "output": "latents"}

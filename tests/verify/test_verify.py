@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from lcexport.builder import BuildOptions, build
 from lcexport.configs.errors import InputError, UsageError
-from lcexport.engines.bundle import MANIFEST, open_bundle, read_manifest
+from lcexport.engines.bundle import open_bundle
 from lcexport.engines.files import sha256_of
+from lcexport.engines.manifest import MANIFEST, read_manifest
 from lcexport.golden import read_golden
 from lcexport.runtime.guidance import plain_cfg
 from lcexport.verify import Report, diagnostics, verify

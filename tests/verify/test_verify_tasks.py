@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from lcexport.builder import BuildOptions, build
 from lcexport.configs import preset_from
-from lcexport.engines.bundle import MANIFEST, read_manifest
 from lcexport.engines.files import sha256_of
+from lcexport.engines.manifest import MANIFEST, read_manifest
 from lcexport.verify import verify
 
 TASKS = ("i2v", "vc", "vc-uncached", "refine-vc", "spatial-i2v")

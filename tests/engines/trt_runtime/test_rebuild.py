@@ -2,7 +2,7 @@
 
 import pytest
 
-from lcexport.engines.bundle import CallRecord, EngineRecord, Manifest, PlanRecord, read_manifest
+from lcexport.engines.manifest import CallRecord, EngineRecord, Manifest, PlanRecord, read_manifest
 from lcexport.engines.trt.options import TrtOptions
 from lcexport.engines.trt.rebuild import rebuild_command
 

@@ -14,7 +14,8 @@ from lcexport.compare import STEP_TOLERANCE, difference
 from lcexport.configs import preset_from
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
 from lcexport.engines import weights as weights_module
-from lcexport.engines.bundle import Bundle, FileRecord, read_manifest
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.manifest import FileRecord, read_manifest
 from lcexport.engines.ort import OrtEngine
 from lcexport.engines.trt.backend import engine_from, run_options
 from lcexport.engines.trt.memory import Workspace

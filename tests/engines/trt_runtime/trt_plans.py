@@ -12,15 +12,15 @@ import onnx
 import onnx_ir as ir
 
 from lcexport.builder.compile import call_records, part_units, plans_folder, segment_unit
-from lcexport.engines.bundle import (
+from lcexport.engines.bundle import Bundle
+from lcexport.engines.files import write_bytes
+from lcexport.engines.manifest import (
     MANIFEST,
-    Bundle,
     EngineRecord,
     FileRecord,
     manifest_json,
     read_manifest,
 )
-from lcexport.engines.files import write_bytes
 from lcexport.engines.trt.options import TrtOptions
 from lcexport.engines.trt.reader import Here, PlanFile, this_platform
 from lcexport.graph.parts import parts_of
