@@ -7,7 +7,9 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import RawIOBase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -78,9 +80,25 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in bounded memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex SHA-256 of a file, in bounded memory; of a large one, a thread reads ahead."""
+    with path.open("rb", buffering=0) as file:
+        if path.stat().st_size <= CHUNK_BYTES:
+            return hashlib.sha256(file.read()).hexdigest()
+        digest = hashlib.sha256()
+        for chunk in read_ahead(file):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def read_ahead(file: RawIOBase) -> Iterator[memoryview]:
+    """A file's bytes in order; a chunk's memory is used again after the next one was taken."""
+    chunks = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(2)]
+    with ThreadPoolExecutor(1, "reading") as reader:
+        reading = reader.submit(file.readinto, chunks[0])
+        while count := reading.result():
+            chunks.reverse()  # what was read is the last now
+            reading = reader.submit(file.readinto, chunks[0])
+            yield chunks[1][:count]
 
 
 def already_there(path: Path) -> LcexportError:
