@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dit = random_dit(config)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         use_folder(Path(folder))  # no cache of an earlier run is found, and none is left
+        if asked.profile and asked.json:
+            parser.error("--profile prints a table: leave --json out")
         if asked.profile:
             return print_profile(block_profile(dit, Path(folder), asked.rounds))
         warm_up(Path(folder))
@@ -169,6 +171,7 @@ def block_profile(dit: LongCatDiT, folder: Path, rounds: int) -> dict[str, float
     for event in recorded.key_averages():
         kind = next(kind for kind, part in KERNELS.items() if part in event.key)
         found[kind] += event.self_cpu_time_total / rounds / 1000
+    assert all(found.values()), f"a kind of kernel goes by another name now: {found}"
     return found
 
 

@@ -6,8 +6,7 @@
 Random float32 weights at the released widths: a text encoder of 4,096 channels and 512 tokens with
 a few of its 24 layers, and the whole decoder. Both ways use one set of weights and take turns,
 round after round; the first round is not counted. Times are the clock's and the processor's, the
-latter for a machine that is shared; ratios are of medians. Peak memory is that of the process
-while it encodes or decodes, less what it held before; frames are dropped as they come.
+latter for a machine that is shared; ratios are of medians.
 
 Prints a table and, as the last line, one JSON document.
 """
@@ -31,7 +30,6 @@ from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE, preset_from
 from lcexport.configs.components import Component, text_encoder, vae_decoder
 from lcexport.demo import write_tokenizer
 from lcexport.engines.aoti_components import ComponentPackage
-from lcexport.engines.host import peak_rss_bytes, reset_peak_rss, resident_bytes
 from lcexport.engines.manifest import PlanRecord
 from lcexport.engines.trt.reader import PlanFile
 from lcexport.runtime.text import TextEncoder
@@ -77,21 +75,19 @@ def compiled(folder: Path, component: Component, found: dict[str, Any]) -> list[
 
 
 def compared(ways: dict[str, Run], rounds: int) -> dict[str, Any]:
-    """Both ways by turns: medians, their ratios, peaks of memory, and how far apart they are."""
+    """Both ways by turns: medians, their ratios, and how far apart they are."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    peaks, outputs = dict.fromkeys(ways, 0), {}
+    outputs = {}
     for _ in range(rounds + 1):
         for name, run in ways.items():
-            before, begin = resident_bytes(), (time.perf_counter(), time.process_time())
-            reset_peak_rss()
+            begin = time.perf_counter(), time.process_time()
             outputs[name] = run()
             spent = time.perf_counter() - begin[0], time.process_time() - begin[1]
             seconds[name].append(spent)
-            peaks[name] = peak_rss_bytes() - before
     rows: dict[str, Any] = {}
     for name, found in seconds.items():
         wall, processor = (statistics.median(column) for column in zip(*found[1:], strict=True))
-        rows[name] = {"seconds": wall, "processor_seconds": processor, "peak_bytes": peaks[name]}
+        rows[name] = {"seconds": wall, "processor_seconds": processor}
     library, package = rows["library"], rows["compiled"]
     ratios = {key: package[key] / library[key] for key in ("seconds", "processor_seconds")}
     apart = difference(outputs["compiled"], outputs["library"])
@@ -160,13 +156,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def show(found: dict[str, Any]) -> None:
     """The table."""
-    print(f"{'':<24}{'seconds':>9}{'processor s':>13}{'peak MB':>10}")
+    print(f"{'':<24}{'seconds':>9}{'processor s':>13}")
     for part in ("text_encoder", "vae_decoder"):
         for way, row in found[part]["ways"].items():
-            print(
-                f"{part + ', ' + way:<24}{row['seconds']:>9.3f}{row['processor_seconds']:>13.3f}"
-                f"{row['peak_bytes'] / 1e6:>10.0f}"
-            )
+            print(f"{part + ', ' + way:<24}{row['seconds']:>9.3f}{row['processor_seconds']:>13.3f}")
         ratios = found[part]["compiled_over_library"]
         print(f"{'  compiled / library':<24}{ratios['seconds']:>9.3f}", end="")
         print(f"{ratios['processor_seconds']:>13.3f}")

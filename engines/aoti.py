@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch._C._aoti import AOTIModelPackageLoader
@@ -232,12 +232,17 @@ def placed(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def on_gpu(device: torch.device) -> Iterator[None]:
-    """Work goes to this GPU; float32 products stay float32, whatever the process has chosen."""
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    products.fp32_precision = "ieee"
+    """Work goes to this GPU; float32 products and convolutions stay float32, whatever the process
+    has chosen.
+    """
+    # torch's stubs do not know the second
+    kinds: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # pyright: ignore[reportAttributeAccessIssue]
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
     try:
         with torch.cuda.device(device):
             yield
     finally:
-        products.fp32_precision = before
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision

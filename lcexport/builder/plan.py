@@ -22,7 +22,6 @@ from lcexport.engines.manifest import read_manifest
 from lcexport.engines.trt.compile import build_bytes
 from lcexport.flops import job_flops, share_saved
 from lcexport.graph.segments import propose_segments
-from lcexport.runtime.text import umt5_shapes
 
 GRAPH_BYTES = 2 << 20  # one graph, generously: 0.6 MB were seen for 48 blocks
 EXPORT_BYTES = 800 << 20  # torch and the exporter themselves: 0.4 GB were seen
@@ -101,8 +100,6 @@ def make_plan(checkpoint: Checkpoint, options: BuildOptions) -> Plan:
     if options.only == "all":
         # Eager torch, which makes the reference outputs, multiplies int8 weights out.
         memory = max(memory, EXPORT_BYTES + weights_bytes(config, options.precision) + largest)
-    if compiled and options.only == "all":
-        memory = max(memory, EXPORT_BYTES + check_bytes(checkpoint, options.precision))
     if packages:
         memory = max(memory, EXPORT_BYTES + PACKAGE_BUILD_BYTES)
     if options.tensorrt:
@@ -160,12 +157,6 @@ def refuse_shortage(plan: Plan) -> None:
 def compiled_before(options: BuildOptions) -> Collection[str]:
     """The components that a bundle has compiled already, where one is added to."""
     return read_manifest(options.output).components if options.add else ()
-
-
-def check_bytes(checkpoint: Checkpoint, precision: str) -> int:
-    """What the largest component to check holds in memory: the text encoder's weights."""
-    shapes = umt5_shapes(checkpoint.components["text_encoder"])
-    return sum(map(math.prod, shapes.values())) * ELEMENT_BYTES[precision]
 
 
 def stage_names(

@@ -1,5 +1,6 @@
 """The build itself: stages in order, and the manifest that grows with them."""
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from lcexport.builder.aoti import compile_packages, require_packages
+from lcexport.builder.aoti import compile_packages, compiled_for, require_packages
 from lcexport.builder.compile import (
     compile_engine,
     context_name,
@@ -84,6 +85,8 @@ def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bu
     if options.loras:
         merge = open_merge(options.loras, checkpoint.config)
         fingerprint["loras"] = [record.model_dump() for record in merge.records]
+    if "aotinductor" in options.compiled:  # packages of two processors would be told of one
+        fingerprint["machine"] = json.loads(json.dumps(compiled_for(options)))
     with NewBundle(options.output, fingerprint, resume=options.resume) as place:
         place.publish(run_stages(place, checkpoint, options, None, report))
     return open_bundle(options.output)

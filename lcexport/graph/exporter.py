@@ -5,8 +5,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import RLock
 
+from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+EXPORTING = RLock()
+ORIGINAL = ONNXRegistry.__dict__["from_torchlib"]
 
 
 @contextmanager
@@ -28,18 +33,18 @@ def quiet_exporter() -> Iterator[None]:
 def known_operators() -> Iterator[None]:
     """Let `torch.onnx.export` use the translations that were read for the export before.
 
-    Each export parses the source of 1,500 translations anew: a third of the time that a part of
-    the graph takes. `torch.onnx.export` has no argument for them.
+    Each export parses the source of 500 translations anew: a third of the time that a part of the
+    graph takes. `torch.onnx.export` has no argument for them. One thread at a time.
     """
-    original = ONNXRegistry.__dict__["from_torchlib"]
-    setattr(ONNXRegistry, "from_torchlib", staticmethod(registry))  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(ONNXRegistry, "from_torchlib", original)  # noqa: B010
+    with EXPORTING:
+        setattr(ONNXRegistry, "from_torchlib", staticmethod(registry))  # noqa: B010
+        try:
+            yield
+        finally:
+            setattr(ONNXRegistry, "from_torchlib", ORIGINAL)  # noqa: B010
 
 
-def registry(opset_version: int) -> ONNXRegistry:
+def registry(opset_version: int = TORCHLIB_OPSET) -> ONNXRegistry:
     """The translations for an opset, in lists of their own: an export adds to them."""
     read, found = torchlib(opset_version), ONNXRegistry()
     found._opset_version = opset_version

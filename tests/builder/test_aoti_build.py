@@ -129,6 +129,15 @@ def test_a_killed_build_resumes_at_its_package(options, double):
     assert last.peak_rss_bytes == 1 << 40  # the compiler's, not this process's
 
 
+def test_a_build_is_not_resumed_on_another_processor(options, double, monkeypatch):
+    double("Final", KILLED)
+    with pytest.raises(ResourceError, match="killed"):
+        build(options)
+    monkeypatch.setattr(aoti, "cpu_features", lambda: ("avx1024",))
+    with pytest.raises(UsageError, match="started differently; got another machine"):
+        build(options.model_copy(update={"resume": True}))
+
+
 def test_packages_are_added_to_a_bundle_or_leave_nothing(options, double):
     double()
     build(options)
