@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load_file
 
 from lcexport.configs.errors import IncompatibleError, UsageError
 from lcexport.engines import Engine
@@ -19,7 +18,7 @@ from lcexport.engines.trt.reader import BuiltFor, Here, PlanFile, read_here
 from lcexport.engines.trt.rebuild import rebuild_command
 from lcexport.engines.trt.runtime import RunOptions, TrtEngine, open_plans
 from lcexport.engines.trt.steps import Call
-from lcexport.engines.weights import SharedWeights, shared_weights
+from lcexport.engines.weights import SharedWeights, map_weights, shared_weights
 
 
 def require(backend: str, precision: str, device: torch.device) -> None:
@@ -129,7 +128,7 @@ def engine_from(
         weights = shared_weights(bundle, record, workspace.ops.device, given)
     elif record.options["strip_plan"] or (bundle.manifest.baked and record.options["refit"]):
         # Others hold the bundle's weights; these hold none, or those from before the LoRAs.
-        options = replace(options, weights=load_file(bundle.path(WEIGHTS)))
+        options = replace(options, weights=map_weights(bundle.path(WEIGHTS)))
     return open_plans(
         product,
         plan_files(bundle, record),

@@ -18,13 +18,10 @@ from lcexport.checkpoint.header import DTYPE_BYTES, TensorInfo
 from lcexport.checkpoint.int8 import check_scale, dequantise
 from lcexport.checkpoint.layout import Piece
 from lcexport.configs.errors import InputError
+from lcexport.engines.weights import TORCH_DTYPES
 
 CHUNK_ELEMENTS = 2 << 20  # 8 MiB of F32: large enough for the disk, small enough for any machine
 BUFFERS = 3  # one being read, one waiting, one in use
-
-TORCH_DTYPES = {
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lcexport.engines.manifest import EngineRecord
 from lcexport.engines.trt.runtime import TrtEngine
+from lcexport.engines.weights import map_weights
 from lcexport.golden import golden_inputs, run_branch
 from lcexport.qualify.claims import Check, Claim, Result, judged, untested
 from lcexport.qualify.subject import Subject
@@ -78,7 +78,7 @@ def refit(subject: Subject) -> Iterator[Result]:
     if record is None or not (subject.tensorrt and (refittable(record) or record.calls)):
         yield untested(REFIT, "built without refitting")
         return
-    own = load_file(subject.weights)  # mapped, not read
+    own = map_weights(subject.weights)  # mapped, not read
     middle = subject.config.depth // 2
     got: dict[str, object] = {}
     with subject.open() as engine:
