@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._aoti import AOTIModelPackageLoader
 
-from lcexport.configs.components import Component
+from lcexport.configs.components import Component, components_of
 from lcexport.configs.errors import IntegrityError, UsageError
 from lcexport.engines import TensorSpec
 from lcexport.engines.aoti import load_package, placed, specs
@@ -114,6 +114,8 @@ def open_component(
 def rebuilding(bundle: Bundle, component: Component, device: torch.device) -> str:
     """The command that compiles a component here: a build of a graph that has use for it."""
     graphs = [bundle.graph(name) for name in bundle.manifest.engines[BACKEND]]
-    sizes = {graph.name: (graph.job.height, graph.job.width) for graph in graphs}
-    name = min(sizes, key=lambda name: sizes[name] != component.size)
-    return rebuild_command(bundle.manifest, BACKEND, name, device=device.type)
+    users = [graph for graph in graphs if component in components_of([graph.job])]
+    name = (users or graphs)[0].name
+    return rebuild_command(
+        bundle.manifest, BACKEND, name, device=device.type, compile_components=True
+    )

@@ -20,6 +20,7 @@ def rebuild_command(
     *,
     wrapped_for: str | None = None,
     device: str = "cuda",
+    compile_components: bool = False,
 ) -> str:
     """What to type. CHECKPOINT and NEW are left for the reader, who knows the folders.
 
@@ -28,6 +29,8 @@ def rebuild_command(
         compute_capability: of the GPU at hand, for plans that were compiled for others.
         wrapped_for: the backend of ONNX Runtime that is to run the plans.
         device: what they are to run on.
+        compile_components: with the text encoder and the VAE's decoder, whether or not the build
+            of this graph compiled them.
     """
     record, graph = manifest.engines[product][name], manifest.graphs[name]
     wrapped = wrapped_for is not None or record.ep_context is not None
@@ -42,7 +45,8 @@ def rebuild_command(
         words += plans_words(record, product, wrapped)
         words += targets_words(record, compute_capability)
     words += ["--ep-context"] if wrapped else []
-    words += ["--compile-components"] if built.get("compile_components") else []
+    compiled = compile_components or built.get("compile_components")
+    words += ["--compile-components"] if compiled else []
     return shlex.join([*words, "-o", "NEW"])
 
 

@@ -276,6 +276,24 @@ def test_packages_for_something_else_are_refused_with_the_command(built, monkeyp
     assert asked.presets == (preset_from(SIZE),)
 
 
+def test_the_command_names_a_graph_that_has_use_for_the_component(built, taken):
+    """Whatever the order of the graphs, and however that graph was built."""
+    manifest = built.manifest
+    graph = manifest.graphs[SIZE]
+    other = graph.preset.model_copy(update={"name": "48x32x9", "height": 48, "width": 32})
+    short = other.model_copy(update={"text_tokens": 64})
+    job = graph.job.model_copy(update={"preset": short, "height": 48, "width": 32})
+    graphs = {short.name: graph.model_copy(update={"job": job}), SIZE: graph}
+    engines = {BACKEND: dict.fromkeys(graphs, manifest.engines[BACKEND][SIZE])}
+    effective = {**manifest.effective, "compile_components": False}
+    update = {"graphs": graphs, "engines": engines, "effective": effective}
+    bundle = Bundle(built.folder, manifest.model_copy(update=update))
+    for component in (text_encoder(512), vae_decoder(32, 48)):
+        asked = taken(aoti_components.rebuilding(bundle, component, CPU))
+        assert asked.presets == (preset_from(SIZE),)
+        assert asked.compile_components
+
+
 def test_weights_of_another_model_are_refused(built):
     (package,) = open_components(built, CPU)[TEXT]
     tokens = torch.zeros(1, 512, dtype=torch.int64), torch.ones(1, 512, dtype=torch.bool)
