@@ -4,7 +4,8 @@ They take those of the library's model, wherever it is when they are called: mov
 between uses, or loading it for each, is as it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from torch._C._aoti import AOTIModelPackageLoader
 
 from lcexport.configs.components import Component, components_of
 from lcexport.configs.errors import IntegrityError, UsageError
-from lcexport.engines import TensorSpec
 from lcexport.engines.aoti import load_package, placed, specs
 from lcexport.engines.aoti_target import BACKEND, check_here
 from lcexport.engines.bundle import Bundle
@@ -43,18 +43,38 @@ class ComponentPackage:
         self._device = device
         self._loader: AOTIModelPackageLoader | None = load_package(file, device, rebuild)
 
+    def check(self, model: nn.Module) -> None:
+        """Hold the library's model against the package; every model, before it is called with it.
+
+        Raises:
+            IntegrityError: the model's weights are not those it was compiled for.
+        """
+        there = dict(model.named_parameters())
+        for spec in self._weights:
+            weight = there.get(spec.name)
+            if weight is None or (tuple(weight.shape), weight.dtype) != (spec.shape, spec.dtype):
+                raise IntegrityError(
+                    f"the library's model does not fit its compiled component: {spec.name}",
+                    got="no such weight"
+                    if weight is None
+                    else f"{weight.dtype} {list(weight.shape)}",
+                    wanted=f"{spec.dtype} {list(spec.shape)}",
+                    do="Rebuild the bundle with the libraries that are here, or load it with "
+                    "compiled_components=False.",
+                )
+
     def __call__(self, model: nn.Module, *tensors: Tensor) -> Sequence[Tensor]:
-        """Its outputs, made anew.
+        """Its outputs, made anew. `model` is one that `check` found to fit.
 
         Raises:
             UsageError: an input has another shape, dtype or place.
-            IntegrityError: the model's weights are not those it was compiled for.
         """
         if self._loader is None:
             raise UsageError("the compiled component is closed")
         for spec, tensor in zip(self._inputs, tensors, strict=True):
             spec.check(tensor, self._device)
-        weights = weights_of(model, self._weights)
+        there = dict(model.named_parameters())
+        weights = [there[spec.name].detach().contiguous() for spec in self._weights]
         with torch.no_grad(), placed(self._device):
             made = self._loader.run([*tensors, *weights])
         # The compiler drops copies, and what comes out may be a part of a larger tensor: the next
@@ -66,49 +86,41 @@ class ComponentPackage:
         self._loader = None
 
 
-def weights_of(model: nn.Module, wanted: Sequence[TensorSpec]) -> list[Tensor]:
-    """The model's weights in the package's order, dense, as it takes them."""
-    there = dict(model.named_parameters())
-    found = []
-    for spec in wanted:
-        weight = there.get(spec.name)
-        if weight is None or (tuple(weight.shape), weight.dtype) != (spec.shape, spec.dtype):
-            raise IntegrityError(
-                f"the component does not fit its package: {spec.name}",
-                got="no such weight" if weight is None else f"{weight.dtype} {list(weight.shape)}",
-                wanted=f"{spec.dtype} {list(spec.shape)}",
-                do="Rebuild the bundle, or load it with compiled_components=False.",
-            )
-        found.append(weight.detach().contiguous())
-    return found
-
-
 def open_components(
-    bundle: Bundle, device: torch.device
+    bundle: Bundle, names: Iterable[str], device: torch.device
 ) -> dict[str, tuple[ComponentPackage, ...]]:
-    """Every compiled component of a bundle by `Component.name`, its packages in order.
+    """These compiled components of a bundle by `Component.name`, their packages in order.
 
     Raises:
         IncompatibleError: compiled for something else; says the command that compiles them here.
         IntegrityError: a file is not the one the manifest names.
     """
-    records = bundle.manifest.components
-    return {name: open_component(bundle, record, device) for name, record in records.items()}
+    opened = {}
+    with ExitStack() as stack:
+        for name in names:
+            opened[name] = open_component(bundle, bundle.manifest.components[name], device)
+            for package in opened[name]:
+                stack.callback(package.close)
+        stack.pop_all()
+    return opened
 
 
 def open_component(
     bundle: Bundle, record: ComponentRecord, device: torch.device
 ) -> tuple[ComponentPackage, ...]:
-    """One of them; see `open_components`."""
+    """One of them; see `open_components`. All of its packages, or none."""
     if device.type == "cuda":
         device = torch.device("cuda", number_of(device))
     rebuild = rebuilding(bundle, record.component, device)
     check_here(record, device, rebuild)
     files = plan_files(bundle, record)
-    return tuple(
-        ComponentPackage(plan, file, device, rebuild)
-        for plan, file in zip(record.plans, files, strict=True)
-    )
+    packages = []
+    with ExitStack() as stack:
+        for plan, file in zip(record.plans, files, strict=True):
+            packages.append(ComponentPackage(plan, file, device, rebuild))
+            stack.callback(packages[-1].close)
+        stack.pop_all()
+    return tuple(packages)
 
 
 def rebuilding(bundle: Bundle, component: Component, device: torch.device) -> str:

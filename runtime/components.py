@@ -5,14 +5,15 @@ Where only so many may stay open, the one that was used longest ago is closed be
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 
 import torch
 
-from lcexport.configs.components import text_encoder
+from lcexport.configs import SPATIAL_STRIDE, Preset
+from lcexport.configs.components import VAE_DECODER, components_of, text_encoder
 from lcexport.configs.errors import IntegrityError, UsageError
 from lcexport.configs.tasks import CONTINUATIONS, Task
 from lcexport.engines import Engine, open_engine
@@ -27,7 +28,7 @@ from lcexport.runtime.checks import (
     check_only_weights_differ,
     read_shift,
 )
-from lcexport.runtime.decoding import Packages
+from lcexport.runtime.decoding import Packages, decoder_of
 from lcexport.runtime.residency import Offload, Resident, check_offload, free_cache
 from lcexport.runtime.text import Text, TextCache, TextEncoder
 from lcexport.runtime.vae import VideoVAE
@@ -39,7 +40,8 @@ class Components:
     """Everything that computes. Close it.
 
     Args:
-        text_tokens: L, the length of encoded prompts.
+        preset: L, the length of encoded prompts, is its; so are the compiled decoders that are
+            opened now, others when they are asked for.
         engine_options: see `lcexport.engines.open_engine`.
         vae_tiling: see `VideoVAE`.
         compiled: whether to use the components that the bundle has compiled, with the backend that
@@ -57,7 +59,7 @@ class Components:
         backend: str,
         device: str,
         offload: Offload,
-        text_tokens: int,
+        preset: Preset,
         engine_options: Mapping[str, object] | None = None,
         keep_engines: int | None = None,
         vae_tiling: bool = False,
@@ -66,7 +68,7 @@ class Components:
         check_offload(offload)
         if keep_engines is not None and keep_engines < 1:
             raise UsageError("no engine may stay open", got=keep_engines, wanted="1 or more")
-        self.bundle, self.backend, self.text_tokens = bundle, backend, text_tokens
+        self.bundle, self.backend, self.text_tokens = bundle, backend, preset.text_tokens
         self.device = check_device(device)
         self.shift = read_shift(bundle.path(SCHEDULER_CONFIG))
         # The encoder and the VAE compute in the DiT's precision, as the released pipeline does.
@@ -80,34 +82,80 @@ class Components:
         self._texts = TextCache()
         self.closed = False
         self._resources = ExitStack()
-        with ExitStack() as stack:
-            packages = self._packages() if compiled else {}
-            for part in chain(*packages.values()):
-                stack.callback(part.close)
-            package = packages.get(text_encoder(text_tokens).name, (None,))[0]
-            make_text = partial(
-                TextEncoder, bundle.folder, text_tokens, self.dtype, package=package
-            )
-            self._text = Resident(make_text, self.device, offload)
-            stack.callback(self._text.close)
-            make_vae = partial(
-                VideoVAE, bundle.folder, self.dtype, tiling=vae_tiling, packages=packages
-            )
-            self._vae = Resident(make_vae, self.device, offload)
-            stack.callback(self._vae.close)
-            self._resources = stack.pop_all()
+        self._tiling = vae_tiling
+        used = compiled and backend == "aotinductor"
+        self._compiled = bundle.manifest.components if used else {}
+        self._decoders: Packages = {}
+        with ExitStack() as self._resources:
+            self._text = Resident(self._text_loader(), self.device, offload)
+            self._resources.callback(self._text.close)
+            self._decoders = self._packages(self._decoders_of(preset.name))
+            self._vae = Resident(self._load_vae, self.device, offload)
+            self._resources.callback(self._vae.close)
+            self._resources = self._resources.pop_all()
 
-    def _packages(self) -> Packages:
-        """The bundle's compiled components, for the backend that compiled them; they are opened
-        now, so that what does not fit this machine is said now.
-        """
-        if self.backend != "aotinductor" or not self.bundle.manifest.components:
+    def _text_loader(self) -> Callable[[torch.device], TextEncoder]:
+        """Makes the text encoder, with the compiled one of this length where there is one."""
+        name = text_encoder(self.text_tokens).name
+        package = self._packages([name]).get(name, (None,))[0]
+        if self._compiled and package is None:
+            why = "the text encoder was not compiled for %d tokens: the library's is used"
+            self._warn_once(name, why, self.text_tokens)
+        return partial(
+            TextEncoder, self.bundle.folder, self.text_tokens, self.dtype, package=package
+        )
+
+    def _load_vae(self, device: torch.device) -> VideoVAE:
+        return VideoVAE(
+            self.bundle.folder, self.dtype, device, tiling=self._tiling, packages=self._decoders
+        )
+
+    def _packages(self, names: Iterable[str]) -> Packages:
+        """Those of these components which are compiled, opened; they are closed with the rest."""
+        names = [name for name in names if name in self._compiled]
+        if not names:
             return {}
         from lcexport.engines.aoti_components import open_components
 
-        packages = open_components(self.bundle, self.device)
+        packages = open_components(self.bundle, names, self.device)
+        for package in chain(*packages.values()):
+            self._resources.callback(package.close)
         log.info("compiled besides the DiT: %s", ", ".join(packages))
         return packages
+
+    def _decoders_of(self, resolution: str) -> list[str]:
+        """The decoders that a resolution's graphs have use for; none for tiles."""
+        graphs = self.bundle.manifest.graphs.values()
+        needed = components_of(graph.job for graph in graphs if graph.preset.name == resolution)
+        found = [component.name for component in needed if component.kind == VAE_DECODER]
+        return [] if self._tiling else found
+
+    def prepare(self, resolution: str) -> None:
+        """Open the compiled decoders of another resolution: what does not fit is said now.
+
+        Raises:
+            IncompatibleError, IntegrityError: as `lcexport.runtime.load`.
+        """
+        self._open_decoders(self._decoders_of(resolution))
+
+    def _open_decoders(self, names: Iterable[str]) -> None:
+        """Open the compiled ones among these that are not open yet."""
+        packages = self._packages(name for name in names if name not in self._decoders)
+        decoders = {**self._decoders, **packages}
+        if packages and (vae := self._vae.loaded):
+            vae.use(decoders)
+        self._decoders = decoders
+
+    def _choose_decoder(self, latents_16THW: torch.Tensor) -> None:
+        """Open the compiled decoder of these latents, or warn that they go without."""
+        name = decoder_of(latents_16THW).name
+        if self._compiled and (self._tiling or name not in self._compiled):
+            why = "in tiles" if self._tiling else "of a size that was not compiled"
+            height, width = (side * SPATIAL_STRIDE for side in latents_16THW.shape[-2:])
+            said = "frames of %d x %d, %s: decoded by the library"
+            self._warn_once(f"{name} {why}", said, height, width, why)
+        elif name not in self._decoders:
+            self._open_decoders([name])
 
     def stored(self, task: Task) -> torch.dtype:
         """What the original keeps a task's latents in: the DiT's precision for a continuation."""
@@ -178,16 +226,21 @@ class Components:
         Only warn: weights may have been merged with it before the bundle was built.
         """
         there = [record.name for record in self.bundle.manifest.loras]
-        if name in self._warned or any(name in other for other in there):
+        if any(name in other for other in there):
             return
-        self._warned.add(name)
-        log.warning(
+        self._warn_once(
+            name,
             "%s needs the LoRA %s in the weights; the bundle names %s: unless it was merged before "
             "the build, the result will be poor (lcexport lora bake, or build --lora)",
             use,
             name,
             ", ".join(there) or "none",
         )
+
+    def _warn_once(self, key: str, message: str, *values: object) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            log.warning(message, *values)
 
     def encode_text(self, prompts: list[str] | Text, cancel: CancelToken) -> Text:
         """One row per prompt. What is encoded already stays as it is."""
@@ -217,6 +270,7 @@ class Components:
         """One sample's frames as they are decoded; the token is looked at before each group."""
         cancel.check()
         with self._vae.on_device() as vae:
+            self._choose_decoder(latents_16THW)
             for frames_FHW3 in vae.frames(latents_16THW):
                 yield frames_FHW3
                 cancel.check()

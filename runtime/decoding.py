@@ -1,22 +1,21 @@
 """Latents to frames, latent frame by latent frame: by the library's decoder or a compiled one."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from lcexport.configs import SPATIAL_STRIDE
-from lcexport.configs.components import vae_decoder
+from lcexport.configs.components import Component, vae_decoder
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 
-log = logging.getLogger(__name__)
-
 
 class Package(Protocol):
     """A compiled function of a component; see `lcexport.engines.aoti_components`."""
+
+    def check(self, model: torch.nn.Module) -> None: ...
 
     def __call__(
         self, model: torch.nn.Module, *tensors: torch.Tensor
@@ -34,17 +33,18 @@ def decoded(
 ) -> Iterator[torch.Tensor]:
     """Frames in -1..1, [1, 3, 1 or 4, 8H, 8W] for each latent frame; with tiling all at once.
 
-    By the compiled decoder of this size. Where there are compiled decoders, but none of this size,
-    or with tiling, the library's is used, and that is logged.
+    By the compiled decoder of this size; where there is none, and with tiling, by the library's.
     """
-    height, width = (side * SPATIAL_STRIDE for side in z_116THW.shape[3:])
-    packages = compiled.get(vae_decoder(height, width).name)
+    packages = compiled.get(decoder_of(z_116THW).name)
     if packages and goes_by_frames(model):
         return decoded_by_packages(model, z_116THW, *packages)
-    if compiled:
-        why = "of a size that was not compiled" if packages is None else "in tiles"
-        log.info("frames of %d x %d, %s: decoded by the library", height, width, why)
     return decoded_by_library(model, z_116THW)
+
+
+def decoder_of(latents: torch.Tensor) -> Component:
+    """The decoder, were it compiled, that latents [..., H, W] call for."""
+    height, width = (side * SPATIAL_STRIDE for side in latents.shape[-2:])
+    return vae_decoder(height, width)
 
 
 def decoded_by_library(model: "AutoencoderKLWan", z_B16THW: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -47,7 +47,7 @@ def load(
             work, and frames that differ slightly.
         compiled_components: with the backend "aotinductor", use the text encoder and the VAE's
             decoders that the bundle has compiled; False for the library's. Tiles, and frames of a
-            size that was not compiled, are decoded by the library.
+            size that was not compiled, are decoded by the library, with a warning.
         check_hashes: compare every file's SHA-256, the large ones included.
 
     Raises:
@@ -61,9 +61,8 @@ def load(
     graphs = graphs_to_open(bundle, first, tasks)
     if engine is not None:
         graphs = [graph for graph in graphs if graph.name != resolution]
-    tokens = first.preset.text_tokens
     components = Components(
-        bundle, backend, device, offload, tokens, engine_options, keep_engines, vae_tiling,
+        bundle, backend, device, offload, first.preset, engine_options, keep_engines, vae_tiling,
         compiled_components,
     )  # fmt: skip
     try:

@@ -213,6 +213,7 @@ class Pipeline:
                 got=graph.preset.text_tokens,
                 wanted=self.preset.text_tokens,
             )
+        self.components.prepare(resolution)
         self.components.engine(graph)
         return Pipeline(self.components, resolution, owner=False)
 

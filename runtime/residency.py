@@ -40,10 +40,15 @@ class Resident(Generic[C]):
         self._lent: C | None = None
         self._uses = 0
 
+    @property
+    def loaded(self) -> C | None:
+        """The component, wherever it is; None where it is loaded for each use and not in use."""
+        return self._lent or self._component
+
     @contextmanager
     def on_device(self) -> Iterator[C]:
         """Lend the component out, on the device; it goes back when its last user is done."""
-        component = self._lent or self._component or self._load(self._device)
+        component = self.loaded or self._load(self._device)
         self._lent, self._uses = component, self._uses + 1
         try:
             if self._offload == "cpu" and self._uses == 1:

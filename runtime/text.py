@@ -90,6 +90,7 @@ class TextEncoder:
 
     Raises:
         InputError: a file is missing, or the weights do not fit the configuration.
+        IntegrityError: the package was compiled for other weights.
     """
 
     def __init__(
@@ -104,7 +105,10 @@ class TextEncoder:
         folder = Path(folder)
         self.text_tokens, self._package = text_tokens, package
         self._tokenizer = load_tokenizer(folder / "tokenizer")
-        self._model: UMT5EncoderModel | None = load_umt5(folder / "text_encoder", dtype, device)
+        model = load_umt5(folder / "text_encoder", dtype, device)
+        if package is not None:
+            package.check(model)
+        self._model: UMT5EncoderModel | None = model
 
     def encode(self, prompts: list[str]) -> Text:
         """Clean, tokenise and encode `prompts`; the result is on the encoder's device.
@@ -139,6 +143,8 @@ class TextEncoder:
 
     def by(self, package: Package | None) -> "TextEncoder":
         """The same one, same weights, with another package; None for the library's encoder."""
+        if package is not None:
+            package.check(self._opened())
         other = copy(self)
         other._package = package
         return other

@@ -5,6 +5,7 @@ B samples, T latent frames, H x W latents; F = 4 * (T - 1) + 1 frames of 8H x 8W
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,7 @@ class VideoVAE:
 
     Raises:
         InputError: a file is missing, or the weights do not fit the configuration.
+        IntegrityError: a package was compiled for other weights.
     """
 
     def __init__(
@@ -74,10 +76,11 @@ class VideoVAE:
         tiling: bool = False,
         packages: Packages | None = None,
     ) -> None:
-        self._packages = packages or {}
+        self._packages: Packages = {}
         self._model: AutoencoderKLWan | None = load_vae(Path(folder) / "vae", dtype, device)
         if tiling:
             self._model.enable_tiling()
+        self.use(packages or {})
 
     def encode(
         self,
@@ -144,10 +147,20 @@ class VideoVAE:
             refuse_not_finite("frames", pixels_FHW3)
             yield pixels_FHW3.permute(1, 2, 3, 0).contiguous()
 
+    def use(self, packages: Packages) -> None:
+        """Decode with these packages from now on; with none, with the library's decoder.
+
+        Raises:
+            IntegrityError: one was compiled for other weights.
+        """
+        for package in chain(*packages.values()):
+            package.check(self._opened())
+        self._packages = packages
+
     def by(self, packages: Packages) -> "VideoVAE":
-        """The same one, same weights, with other packages; none for the library's decoder."""
+        """The same one, same weights, with other packages; as `use`."""
         other = copy(self)
-        other._packages = packages
+        other.use(packages)
         return other
 
     def to(self, device: torch.device | str) -> "VideoVAE":

@@ -26,8 +26,18 @@ from lcexport.configs.errors import (
 from lcexport.engines import aoti_components, open_engine
 from lcexport.engines.aoti_components import ComponentPackage, open_components
 from lcexport.engines.bundle import Bundle, open_bundle
-from lcexport.engines.manifest import MANIFEST, Manifest, manifest_json, read_manifest
+from lcexport.engines.manifest import (
+    MANIFEST,
+    ComponentRecord,
+    Manifest,
+    manifest_json,
+    read_manifest,
+)
 from lcexport.runtime import load, save_frames
+from lcexport.runtime.cancel import CancelToken
+from lcexport.runtime.components import Components
+from lcexport.runtime.text import TextEncoder
+from lcexport.runtime.vae import VideoVAE
 from lcexport.verify import compiled_components
 from lcexport.verify.levels import component_level
 
@@ -111,6 +121,13 @@ def options(compiled_options, tmp_path) -> BuildOptions:
     return compiled_options.model_copy(update={"output": tmp_path / "bundle", "only": "compile"})
 
 
+def changed(bundle: Bundle, records: dict[str, ComponentRecord]) -> Bundle:
+    """The same bundle, were these components' records other ones."""
+    components = {**bundle.manifest.components, **records}
+    manifest = bundle.manifest.model_copy(update={"components": components})
+    return Bundle(bundle.folder, manifest)
+
+
 def test_the_manifest_has_what_was_compiled_and_what_it_was_measured_to_be(built):
     records = built.manifest.components
     assert list(records) == [TEXT, DECODER]
@@ -143,7 +160,7 @@ def test_the_manifest_comes_back_as_it_was_and_older_ones_are_read(built, tmp_pa
 
 
 def test_no_package_has_a_weight(built):
-    packages = [p for found in open_components(built, CPU).values() for p in found]
+    packages = [p for found in open_components(built, (TEXT, DECODER), CPU).values() for p in found]
     assert len(packages) == 3
     for package in packages:
         assert package._loader is not None
@@ -184,7 +201,8 @@ def test_a_video_is_made_and_streamed_wherever_the_components_wait(
 ):
     caplog.set_level(logging.INFO, "lcexport.runtime")
     with opened(offload=offload) as pipe:
-        assert f"compiled besides the DiT: {TEXT}, {DECODER}" in caplog.text
+        assert f"compiled besides the DiT: {TEXT}" in caplog.text
+        assert f"compiled besides the DiT: {DECODER}" in caplog.text
         latents = pipe.generate("a paper boat", seed=1, steps=1, output="latents")
         path = save_frames(pipe.frames(latents), tmp_path / "boat.mp4", fps=15)
     assert path.stat().st_size
@@ -192,17 +210,61 @@ def test_a_video_is_made_and_streamed_wherever_the_components_wait(
     assert "decoded by the library" not in caplog.text
 
 
-def test_what_was_not_compiled_is_decoded_by_the_library_and_that_is_said(opened, calls, caplog):
-    caplog.set_level(logging.INFO, "lcexport.runtime")
-    with opened() as pipe:
-        assert len(list(pipe.frames(torch.randn(16, 2, 2, 2)))) == 2
-    assert (
-        "frames of 16 x 16, of a size that was not compiled: decoded by the library" in caplog.text
-    )
+def test_what_was_not_compiled_is_decoded_by_the_library_with_one_warning(opened, calls, caplog):
+    caplog.set_level(logging.WARNING, "lcexport.runtime")
+    with opened(offload="release") as pipe:
+        for _ in range(2):
+            assert len(list(pipe.frames(torch.randn(16, 2, 2, 2)))) == 2
+    said = "frames of 16 x 16, of a size that was not compiled: decoded by the library"
+    assert caplog.messages == [said]
     with opened(vae_tiling=True) as pipe:
         list(pipe.frames(torch.randn(16, 2, 4, 6)))
-    assert "frames of 32 x 48, in tiles: decoded by the library" in caplog.text
+    assert caplog.messages[1:] == ["frames of 32 x 48, in tiles: decoded by the library"]
+    with opened(compiled_components=False) as pipe:
+        list(pipe.frames(torch.randn(16, 2, 2, 2)))
+    assert len(caplog.messages) == 2
     assert calls == []
+
+
+def test_a_text_encoder_of_another_length_is_the_librarys_with_a_warning(built, caplog):
+    record = built.manifest.components[DECODER]
+    alone = built.manifest.model_copy(update={"components": {DECODER: record}})
+    caplog.set_level(logging.INFO, "lcexport.runtime")
+    parts = Components(
+        Bundle(built.folder, alone), BACKEND, "cpu", "release", preset_from(SIZE)
+    )  # fmt: skip
+    parts.close()
+    said = "the text encoder was not compiled for 512 tokens: the library's is used"
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [said]
+    assert TEXT not in caplog.text.replace(said, "")
+
+
+def test_only_what_the_pipeline_can_use_is_opened(built, caplog):
+    """A decoder of another size, compiled for another machine, is in nobody's way until it is
+    asked for, and refused then.
+    """
+    other = vae_decoder(48, 32)
+    strange = built.manifest.components[DECODER].model_copy(
+        update={"component": other, "version": "2.12.0"}
+    )
+    graph = built.manifest.graphs[SIZE]
+    preset = preset_from("48x32x9")
+    job = graph.job.model_copy(update={"preset": preset, "height": 48, "width": 32})
+    graphs = {SIZE: graph, preset.name: graph.model_copy(update={"job": job})}
+    engines = {BACKEND: dict.fromkeys(graphs, built.manifest.engines[BACKEND][SIZE])}
+    bundle = changed(built, {other.name: strange})
+    manifest = bundle.manifest.model_copy(update={"graphs": graphs, "engines": engines})
+    parts = Components(
+        Bundle(built.folder, manifest), BACKEND, "cpu", "keep", preset_from(SIZE)
+    )  # fmt: skip
+    try:
+        with pytest.raises(IncompatibleError, match=r"another torch.*wanted torch 2\.12\.0"):
+            parts.prepare(preset.name)
+        with pytest.raises(IncompatibleError, match="another torch"):
+            next(parts.frames(torch.randn(16, 1, 6, 4), CancelToken()))
+        assert list(parts._decoders) == [DECODER]
+    finally:
+        parts.close()
 
 
 def test_other_backends_do_without_them(built, calls):
@@ -213,7 +275,7 @@ def test_other_backends_do_without_them(built, calls):
 
 def test_a_closed_pipeline_holds_no_package(opened):
     with opened() as pipe:
-        package = pipe.components._vae._component._packages[DECODER][0]  # pyright: ignore
+        package = pipe.components._decoders[DECODER][0]
     with pytest.raises(UsageError, match="closed"):
         package(torch.nn.Module(), torch.zeros(1))
 
@@ -252,13 +314,11 @@ def test_a_modified_package_is_refused_before_it_is_loaded(built, tmp_path, monk
         load(copied, SIZE, BACKEND)
     unchecked = Bundle(copied, read_manifest(copied))
     with pytest.raises(IntegrityError, match=r"later\.pt2 is not the plan.*Do not load it"):
-        open_components(unchecked, CPU)
+        open_components(unchecked, (TEXT, DECODER), CPU)
 
 
 def test_packages_for_something_else_are_refused_with_the_command(built, monkeypatch, taken):
     record = built.manifest.components[DECODER].model_copy(update={"version": "2.12.0"})
-    changed = {**built.manifest.components, DECODER: record}
-    manifest = built.manifest.model_copy(update={"components": changed})
     loaded = []
     plain = aoti_components.load_package
 
@@ -268,7 +328,7 @@ def test_packages_for_something_else_are_refused_with_the_command(built, monkeyp
 
     monkeypatch.setattr(aoti_components, "load_package", note)
     with pytest.raises(IncompatibleError, match=r"another torch.*wanted torch 2\.12\.0") as caught:
-        open_components(Bundle(built.folder, manifest), CPU)
+        open_components(changed(built, {DECODER: record}), (TEXT, DECODER), CPU)
     assert loaded == ["encoder.pt2"]
     command = str(caught.value.do).split(": ", 1)[1]
     asked = taken(command)
@@ -294,15 +354,33 @@ def test_the_command_names_a_graph_that_has_use_for_the_component(built, taken):
         assert asked.compile_components
 
 
-def test_weights_of_another_model_are_refused(built):
-    (package,) = open_components(built, CPU)[TEXT]
-    tokens = torch.zeros(1, 512, dtype=torch.int64), torch.ones(1, 512, dtype=torch.bool)
-    with pytest.raises(IntegrityError, match=r"shared\.weight; got no such weight"):
-        package(torch.nn.Linear(2, 2), *tokens)
+@pytest.mark.parametrize(
+    ("key", "make"),
+    [
+        (TEXT, lambda folder, packages: TextEncoder(folder, package=packages[TEXT][0])),
+        (DECODER, lambda folder, packages: VideoVAE(folder, packages=packages)),
+    ],
+)
+def test_weights_of_another_model_are_refused_before_anything_is_computed(built, calls, key, make):
+    """As another release of the library would name or shape them."""
+    record = built.manifest.components[key]
+    plan = record.plans[0]
+    strange = plan.weights[0].model_copy(update={"name": "renamed.weight"})
+    for weight, match in (
+        (strange, r"does not fit.*renamed\.weight; got no such weight"),
+        (plan.weights[0].model_copy(update={"dtype": "float16"}), "wanted torch.float16"),
+        (plan.weights[0].model_copy(update={"shape": (1, 2)}), r"wanted torch.float32 \[1, 2\]"),
+    ):
+        plans = (plan.model_copy(update={"weights": (weight,)}), *record.plans[1:])
+        update = {key: record.model_copy(update={"plans": plans})}
+        packages = open_components(changed(built, update), [key], CPU)
+        with pytest.raises(IntegrityError, match=match):
+            make(built.folder, packages)
+    assert calls == []
 
 
 def test_an_input_that_does_not_fit_is_refused(built):
-    (package,) = open_components(built, CPU)[TEXT]
+    (package,) = open_components(built, (TEXT, DECODER), CPU)[TEXT]
     with pytest.raises(UsageError, match="ids does not fit"):
         package(torch.nn.Linear(2, 2), torch.zeros(2, 512), torch.ones(2, 512))
 
