@@ -1,15 +1,16 @@
 """What a pipeline runs besides the DiT, and which of it can be compiled, at which sizes."""
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveInt, model_validator
 
 from lcexport.configs.tasks import Job
 
 TEXT_ENCODER, VAE_DECODER = "text_encoder", "vae_decoder"
 # The functions that each becomes: of the decoder, the first latent frame's and all the others'.
 PARTS = {TEXT_ENCODER: ("encoder",), VAE_DECODER: ("first", "later")}
+SIZES = {TEXT_ENCODER: 1, VAE_DECODER: 2}  # how many numbers a component's size has
 
 
 class Component(BaseModel):
@@ -18,7 +19,13 @@ class Component(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["text_encoder", "vae_decoder"]
-    size: tuple[int, ...]
+    size: tuple[PositiveInt, ...]
+
+    @model_validator(mode="after")
+    def _is_its_kinds_size(self) -> Self:
+        if len(self.size) != SIZES[self.kind]:
+            raise ValueError(f"the size of a {self.kind} is {SIZES[self.kind]} numbers")
+        return self
 
     @property
     def name(self) -> str:

@@ -2,9 +2,16 @@
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lcexport.configs import Preset
 from lcexport.configs.components import Component
@@ -151,6 +158,15 @@ class ComponentRecord(EngineRecord):
     component: Component
     errors: dict[str, dict[str, float]] = {}
 
+    @model_validator(mode="after")
+    def _has_a_plan_for_each_part(self) -> Self:
+        if len(self.plans) != len(self.component.parts):
+            raise ValueError(
+                f"{self.component.name} has {len(self.plans)} plans, not one for each of "
+                f"{', '.join(self.component.parts)}"
+            )
+        return self
+
 
 class StageRecord(Frozen):
     """What one stage of the build cost."""
@@ -202,6 +218,16 @@ class Manifest(Frozen):
     effective: dict[str, object]
     stages: tuple[StageRecord, ...]
     loras: tuple[LoraRecord, ...] = ()
+
+    @field_validator("components")
+    @classmethod
+    def _components_have_their_names(
+        cls, components: dict[str, ComponentRecord]
+    ) -> dict[str, ComponentRecord]:
+        for name, record in components.items():
+            if name != record.component.name:
+                raise ValueError(f"{record.component.name} goes by the name {name}")
+        return components
 
     @property
     def baked(self) -> bool:
