@@ -44,10 +44,11 @@ VIDEO_TOLERANCE: dict[Precision, Tolerance] = {
     "bf16": Tolerance(relative_l2=1e-1, cosine=0.995),
 }
 # The text encoder, or the pixels of a latent frame, compiled: the library's operations, sums in
-# another order. 2e-6 seen at the released widths; 3e-3 in bfloat16.
+# another order. In bfloat16 they round as often in either order, and are a shorter way than the
+# DiT's 48 blocks: a quarter of a step's bound. benchmarks/components.py prints what is seen.
 COMPONENT_TOLERANCE: dict[Precision, Tolerance] = {
     "fp32": Tolerance(relative_l2=1e-5, cosine=0.99999),
-    "bf16": STEP_TOLERANCE["bf16"],
+    "bf16": Tolerance(relative_l2=1e-2, cosine=0.9999),
 }
 
 
