@@ -1,10 +1,11 @@
 """Compiling the text encoder and the VAE's decoder, and holding them against the library's.
 
-A package is a stage of its own and compiled in a process of its own, as the DiT's are; so is the
-check of each component, which is the one that reads weights.
+A package is a stage of its own and compiled in a process of its own, as the DiT's are. The check of
+each component is a stage too, in the process of the build: it reads the component's weights.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from lcexport.builder.staging import DoneStage, StageOutput
 from lcexport.compare import COMPONENT_TOLERANCE, Difference, difference
 from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE
 from lcexport.configs.components import TEXT_ENCODER, Component, components_of
-from lcexport.configs.errors import VerificationError
+from lcexport.configs.errors import IncompatibleError, VerificationError
 from lcexport.configs.tasks import Job
 from lcexport.engines.aoti_components import open_component
-from lcexport.engines.aoti_target import BACKEND
+from lcexport.engines.aoti_target import BACKEND, check_here
 from lcexport.engines.bundle import Bundle
 from lcexport.engines.manifest import ComponentRecord, Manifest, PlanRecord
 from lcexport.graph.trace import BULK
@@ -45,6 +46,29 @@ def components_to_compile(
     """What the build compiles: what its graphs need and the bundle has not."""
     needed = components_of(jobs) if options.compile_components else ()
     return tuple(component for component in needed if component.name not in there)
+
+
+def check_kept(
+    options: BuildOptions, jobs: Iterable[Job], there: Mapping[str, ComponentRecord]
+) -> None:
+    """Refuse an addition that would keep components which were compiled for something else.
+
+    Raises:
+        IncompatibleError: names what differs from this machine, both values.
+    """
+    needed = components_of(jobs) if options.compile_components else ()
+    for record in (there[component.name] for component in needed if component.name in there):
+        try:
+            check_here(record, torch.device(options.device), "")
+        except IncompatibleError as error:
+            raise IncompatibleError(
+                f"the bundle {options.output} has a {record.component.name} that does not fit here "
+                f"and that --add would keep: {error.what}",
+                got=error.got,
+                wanted=error.wanted,
+                do="Add to it where it fits, build a new bundle here, or leave "
+                "--compile-components out.",
+            ) from error
 
 
 def component_stages(
@@ -89,57 +113,61 @@ def check_stage(bundle: Bundle, record: ComponentRecord, options: BuildOptions) 
     """Hold the packages against the library; VerificationError where they are too far from it."""
     tolerance = COMPONENT_TOLERANCE[options.precision]
     errors: dict[str, object] = {}
-    for name, found in component_errors(bundle, record, options.device):
-        errors[name] = found.as_dict()
-        if not tolerance.holds(found):
-            raise VerificationError(
-                f"the compiled {record.component.name} disagrees with the library's ({name})",
-                got=found,
-                wanted=tolerance,
-                do="Build without --compile-components, or with another version of torch.",
-            )
+    with closing(component_errors(bundle, record, options.device)) as measured:
+        for name, found in measured:
+            errors[name] = found.as_dict()
+            if not tolerance.holds(found):
+                raise VerificationError(
+                    f"the compiled {record.component.name} disagrees with the library's ({name})",
+                    got=found,
+                    wanted=tolerance,
+                    do="Build without --compile-components, or with another version of torch.",
+                )
     return StageOutput(files={}, facts={"errors": errors})
 
 
 def component_errors(
     bundle: Bundle, record: ComponentRecord, device: str
-) -> Iterator[tuple[str, Difference]]:
+) -> Generator[tuple[str, Difference], None, None]:
     """How far a compiled component is from the library's: by prompt, or by latent frame.
+
+    Close it where it is not read to its end: packages and weights go with it.
 
     Raises:
         IncompatibleError, IntegrityError: the packages cannot be opened here.
         InputError: nor can the component.
     """
-    packages = open_component(bundle, record, torch.device(device))
     component, dtype = record.component, BULK[bundle.manifest.precision]
-    if component.kind == TEXT_ENCODER:
-        return text_errors(bundle.folder, component, packages[0], dtype, device)
-    return decoder_errors(bundle.folder, component, packages, dtype, device)
+    with ExitStack() as stack:
+        packages = open_component(bundle, record, torch.device(device))
+        for package in packages:
+            stack.callback(package.close)
+        if component.kind == TEXT_ENCODER:
+            encoder = TextEncoder(bundle.folder, component.size[0], dtype, device)
+            stack.callback(encoder.close)
+            yield from text_errors(encoder, packages[0])
+        else:
+            vae = VideoVAE(bundle.folder, dtype, device)
+            stack.callback(vae.close)
+            yield from decoder_errors(vae, component, packages)
 
 
-def text_errors(
-    folder: Path, component: Component, package: Package, dtype: torch.dtype, device: str
-) -> Iterator[tuple[str, Difference]]:
+def text_errors(encoder: TextEncoder, package: Package) -> Iterator[tuple[str, Difference]]:
     """Embeddings of prompts, one after the other; one set of weights."""
-    encoder = TextEncoder(folder, component.size[0], dtype, device)
+    compiled = encoder.by(package)
     for name, prompt in PROMPTS.items():
         tokens = encoder.tokens(prompt)
-        made, wanted = encoder.by(package).encode_ids(*tokens), encoder.encode_ids(*tokens)
+        made, wanted = compiled.encode_ids(*tokens), encoder.encode_ids(*tokens)
         yield name, difference(made.embeds, wanted.embeds)
 
 
 def decoder_errors(
-    folder: Path,
-    component: Component,
-    packages: Sequence[Package],
-    dtype: torch.dtype,
-    device: str,
+    vae: VideoVAE, component: Component, packages: Sequence[Package]
 ) -> Iterator[tuple[str, Difference]]:
     """Frames of seeded latents N(0, 1), by the latent frame that they are made of."""
     height, width = (side // SPATIAL_STRIDE for side in component.size)
     generator = torch.Generator().manual_seed(SEED)
     latents = torch.randn(LATENT_CHANNELS, len(FRAMES), height, width, generator=generator)
-    vae = VideoVAE(folder, dtype, device)
     compiled = vae.by({component.name: packages})
     for name, made, wanted in zip(
         FRAMES, compiled.frames(latents), vae.frames(latents), strict=True

@@ -15,7 +15,7 @@ from lcexport.builder.compile import (
     plans_folder,
     require_compiler,
 )
-from lcexport.builder.components import component_stages, components_to_compile
+from lcexport.builder.components import check_kept, component_stages, components_to_compile
 from lcexport.builder.options import BuildOptions
 from lcexport.builder.plan import Plan, make_plan, refuse_shortage
 from lcexport.builder.sparse_kernel import require_sparse_kernel
@@ -48,6 +48,7 @@ from lcexport.engines.manifest import (
     Manifest,
     SourceRecord,
 )
+from lcexport.graph.components import check_decoder
 from lcexport.graph.segments import require_segments
 from lcexport.lora import open_merge
 
@@ -74,6 +75,7 @@ def build(options: BuildOptions, on_progress: BuildProgress | None = None) -> Bu
             # Under the lock: another builder may have added to the bundle a moment ago.
             jobs = options.jobs(checkpoint.config)
             old = addable_bundle(options, jobs)
+            check_kept(options, jobs, old.components)
             addition.claim(made_by(options, jobs, old))
             addition.publish(run_stages(addition, checkpoint, options, old, report))
         return open_bundle(options.output)
@@ -251,18 +253,22 @@ def grown(manifest: Manifest, done: DoneStage, record: GraphRecord | None = None
 
 def check_environment(checkpoint: Checkpoint, options: BuildOptions) -> None:
     """Refuse now what a later stage would refuse after an hour: components, device, backends."""
-    if options.add:
-        addable_bundle(options, options.jobs(checkpoint.config))
-    else:
+    jobs = options.jobs(checkpoint.config)
+    old = addable_bundle(options, jobs) if options.add else None
+    if old is None:
         needed = options.only == "all" or options.compile_components
         check_components(checkpoint, required=COMPONENTS if needed else ())
     for backend in options.compiled + options.engines:
         require_backend(backend, options.precision, options.device)
     if "aotinductor" in options.compiled:
-        require_packages(options.jobs(checkpoint.config))
+        require_packages(jobs)
+    if options.compile_components:
+        check_decoder(checkpoint.components["vae"])
+    if old is not None:
+        check_kept(options, jobs, old.components)
     for backend in options.tensorrt:
         require_compiler(backend, options)
-        require_sparse_kernel(backend, options, options.jobs(checkpoint.config))
+        require_sparse_kernel(backend, options, jobs)
     if options.tensorrt:
         require_segments(options.segments or 1, checkpoint.config.depth)
 

@@ -22,9 +22,9 @@ from lcexport.engines.manifest import PlanRecord, TensorRecord
 from lcexport.graph.exporter import quiet_exporter
 from lcexport.graph.programs import Program
 from lcexport.graph.trace import Untraced
-from lcexport.runtime.decoding import empty_past, goes_by_frames
+from lcexport.runtime.decoding import empty_past
 from lcexport.runtime.text import empty_umt5
-from lcexport.runtime.vae import empty_vae
+from lcexport.runtime.vae import check_vae_config, empty_vae
 
 
 class EncoderPart(nn.Module):
@@ -131,15 +131,8 @@ def draw_encoder(bundle: Path, tokens: int) -> Untraced:
 
 def draw_decoder(bundle: Path, height: int, width: int, *, first: bool) -> Untraced:
     """The decoder of one latent frame, the first or any other; as `draw_encoder`."""
-    vae = empty_vae(bundle / "vae")
-    if not goes_by_frames(vae):
-        raise IncompatibleError(
-            "this VAE's decoder cannot be compiled: it makes no frame before the last",
-            got=f"patch_size {vae.config['patch_size']}",
-            wanted="none",
-            do="Leave --compile-components out.",
-        )
-    part = FramePart(vae)
+    check_decoder(bundle / "vae")
+    part = FramePart(empty_vae(bundle / "vae"))
     size = height // SPATIAL_STRIDE, width // SPATIAL_STRIDE
     inputs = {"latents": torch.zeros(1, LATENT_CHANNELS, 1, *size)}
     with torch.no_grad():
@@ -149,6 +142,17 @@ def draw_decoder(bundle: Path, height: int, width: int, *, first: bool) -> Untra
     if not first:
         inputs |= kept
     return Untraced("first" if first else "later", part, "", inputs, outputs)
+
+
+def check_decoder(folder: Path) -> None:
+    """IncompatibleError: the decoder of this VAE's `config.json` does not go frame by frame."""
+    if patch_size := check_vae_config(folder).get("patch_size"):
+        raise IncompatibleError(
+            "this VAE's decoder cannot be compiled: it makes no frame before the last",
+            got=f"patch_size {patch_size}",
+            wanted="none",
+            do="Leave --compile-components out.",
+        )
 
 
 def records(tensors: dict[str, Tensor]) -> tuple[TensorRecord, ...]:

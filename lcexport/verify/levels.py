@@ -1,6 +1,7 @@
 """The five levels, from the files' hashes to whole videos. Each adds to the ones before it."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -60,12 +61,15 @@ def component_level(
     name, backend = record.component.name, record.product
     if level == "load":
         packages = open_component(bundle, record, torch.device(device))
+        for package in packages:
+            package.close()
         got = {"packages": float(len(packages))}
         yield Check("load", name, backend, "packages", got, "all load", True)
         return
     tolerance = COMPONENT_TOLERANCE[bundle.manifest.precision]
-    for part, found in component_errors(bundle, record, device):
-        yield compared("step", name, backend, part, found, tolerance)
+    with closing(component_errors(bundle, record, device)) as measured:
+        for part, found in measured:
+            yield compared("step", name, backend, part, found, tolerance)
 
 
 def module_level(bundle: Bundle, resolution: str) -> Iterator[Check]:

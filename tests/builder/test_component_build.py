@@ -475,3 +475,92 @@ def test_the_command_builds_inspects_and_says_how_far_it_was(built, options, qui
     assert f"{built.manifest.components[TEXT].component.name}" in out
     largest = max(found["relative_l2"] for found in built.manifest.components[TEXT].errors.values())
     assert f"{largest:.2g}" in out
+
+
+def test_an_addition_does_not_keep_what_was_compiled_for_something_else(options, quick, tmp_path):
+    quick()
+    bundle = build(options)
+    record = bundle.manifest.components[TEXT].model_copy(update={"version": "2.12.0"})
+    manifest = changed(bundle, {TEXT: record}).manifest
+    (options.output / MANIFEST).write_bytes(manifest_json(manifest))
+    before = sorted(options.output.rglob("*"))
+    noted = quick()
+    asked = options.model_copy(update={"presets": (preset_from("48x32x9"),), "add": True})
+    match = rf"{TEXT}.*--add would keep.*another torch.*wanted torch 2\.12\.0"
+    with pytest.raises(IncompatibleError, match=match):
+        build(asked)
+    assert noted == []
+    assert sorted(options.output.rglob("*")) == before
+    build(asked.model_copy(update={"compile_components": False}))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda found: found.update({"vae_decoder.9x9": found.pop(DECODER)}), "goes by the name"),
+        (lambda found: found[DECODER]["plans"].pop(), "has 1 plans, not one for each of first, l"),
+        (lambda found: found[DECODER]["component"].update(size=[32]), "vae_decoder is 2 numbers"),
+        (lambda found: found[TEXT]["component"].update(size=[0]), "greater than 0"),
+    ],
+)
+def test_a_manifest_whose_components_are_not_what_they_are_called_is_refused(
+    built, tmp_path, change, match
+):
+    data = json.loads(manifest_json(built.manifest))
+    change(data["components"])
+    (tmp_path / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(IntegrityError, match=match):
+        read_manifest(tmp_path)
+
+
+def test_the_check_leaves_no_package_open(built, compiled_options, monkeypatch):
+    closed = noted_closings(monkeypatch)
+    for key, packages in ((TEXT, 1), (DECODER, 2)):
+        closed.clear()
+        check_stage(built, built.manifest.components[key], compiled_options)
+        assert len(closed) == packages
+        closed.clear()
+        assert list(component_level(built, built.manifest.components[key], "load", "cpu"))
+        assert len(closed) == packages
+
+
+def test_a_component_whose_second_package_does_not_load_leaves_none_open(built, monkeypatch):
+    closed = noted_closings(monkeypatch)
+    plain = aoti_components.load_package
+
+    def fail(file, *rest):
+        if file.path.name == "later.pt2":
+            raise IncompatibleError("it does not load")
+        return plain(file, *rest)
+
+    monkeypatch.setattr(aoti_components, "load_package", fail)
+    with pytest.raises(IncompatibleError, match="it does not load"):
+        open_components(built, (TEXT, DECODER), CPU)
+    assert len(closed) == 2  # the encoder's, and the first frame's
+
+
+def noted_closings(monkeypatch) -> list[ComponentPackage]:
+    """The packages that are closed from here on."""
+    closed: list[ComponentPackage] = []
+    plain = ComponentPackage.close
+
+    def note(self):
+        closed.append(self)
+        plain(self)
+
+    monkeypatch.setattr(ComponentPackage, "close", note)
+    return closed
+
+
+def test_a_decoder_that_makes_all_frames_at_once_is_refused_before_a_byte_is_written(
+    options, quick, tmp_path
+):
+    noted = quick()
+    model = tmp_path / "model"
+    shutil.copytree(options.model, model)
+    path = model / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "patch_size": 2}))
+    with pytest.raises(IncompatibleError, match="patch_size 2"):
+        build(options.model_copy(update={"model": model}))
+    assert noted == []
+    assert list(tmp_path.iterdir()) == [model]
