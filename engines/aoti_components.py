@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._C._aoti import AOTIModelPackageLoader
 
 from lcexport.configs.components import Component, components_of
-from lcexport.configs.errors import IntegrityError, UsageError
+from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
 from lcexport.engines.aoti import load_package, placed, specs
 from lcexport.engines.aoti_target import BACKEND, check_here
 from lcexport.engines.bundle import Bundle
@@ -59,8 +59,8 @@ class ComponentPackage:
                     if weight is None
                     else f"{weight.dtype} {list(weight.shape)}",
                     wanted=f"{spec.dtype} {list(spec.shape)}",
-                    do="Rebuild the bundle with the libraries that are here, or load it with "
-                    "compiled_components=False.",
+                    do="Rebuild the bundle with the libraries that are here, or use theirs, with "
+                    "--library-components or load(compiled_components=False).",
                 )
 
     def __call__(self, model: nn.Module, *tensors: Tensor) -> Sequence[Tensor]:
@@ -95,20 +95,36 @@ def open_components(
         IncompatibleError: compiled for something else; says the command that compiles them here.
         IntegrityError: a file is not the one the manifest names.
     """
-    opened = {}
+    found = {}
     with ExitStack() as stack:
         for name in names:
-            opened[name] = open_component(bundle, bundle.manifest.components[name], device)
-            for package in opened[name]:
+            found[name] = open_component(bundle, bundle.manifest.components[name], device)
+            for package in found[name]:
                 stack.callback(package.close)
         stack.pop_all()
-    return opened
+    return found
 
 
 def open_component(
     bundle: Bundle, record: ComponentRecord, device: torch.device
 ) -> tuple[ComponentPackage, ...]:
     """One of them; see `open_components`. All of its packages, or none."""
+    try:
+        return opened(bundle, record, device)
+    except IncompatibleError as error:
+        raise IncompatibleError(
+            f"the compiled {record.component.name} cannot be opened: {error.what}",
+            got=error.got,
+            wanted=error.wanted,
+            do="Use the library's, with --library-components or load(compiled_components=False). "
+            f"{error.do}",
+        ) from error
+
+
+def opened(
+    bundle: Bundle, record: ComponentRecord, device: torch.device
+) -> tuple[ComponentPackage, ...]:
+    """As `open_component`, whose error says which it was."""
     if device.type == "cuda":
         device = torch.device("cuda", number_of(device))
     rebuild = rebuilding(bundle, record.component, device)

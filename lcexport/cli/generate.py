@@ -12,6 +12,7 @@ from lcexport.cli.output import (
     EngineOption,
     HashesOption,
     KeepEnginesOption,
+    LibraryOption,
     OffloadOption,
     OutOption,
     ResolutionOption,
@@ -94,6 +95,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
     engine: EngineOption = None,
     vae_tiling: TilingOption = False,
+    library_components: LibraryOption = False,
     check_hashes: HashesOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -133,6 +135,7 @@ def generate(
             keep_engines=keep_engines,
             check_hashes=check_hashes,
             vae_tiling=vae_tiling,
+            library_components=library_components,
         ) as pipe,
         progress_bars() as bar,
     ):

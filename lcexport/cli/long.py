@@ -13,6 +13,7 @@ from lcexport.cli.output import (
     EngineOption,
     HashesOption,
     KeepEnginesOption,
+    LibraryOption,
     OffloadOption,
     OutOption,
     ResolutionOption,
@@ -78,6 +79,7 @@ def long_video(
     keep_engines: KeepEnginesOption = None,
     engine: EngineOption = None,
     vae_tiling: TilingOption = False,
+    library_components: LibraryOption = False,
     check_hashes: HashesOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -108,6 +110,7 @@ def long_video(
         open_pipeline, resolution=res, tasks=(), backend=backend, device=device, offload=offload,
         engine=engine, keep_engines=keep_engines, check_hashes=check_hashes,
         vae_tiling=vae_tiling,
+        library_components=library_components,
     )  # fmt: skip
     with progress_bars() as bar:
         with opened(bundle) as pipe:

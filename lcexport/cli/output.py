@@ -50,6 +50,13 @@ TilingOption = Annotated[
         "--vae-tiling", help="The VAE in tiles: less memory, more work, slightly other frames."
     ),
 ]
+LibraryOption = Annotated[
+    bool,
+    typer.Option(
+        "--library-components",
+        help="Text encoder and VAE by the library, although the bundle has compiled ones.",
+    ),
+]
 HashesOption = Annotated[
     bool, typer.Option("--check-hashes", help="Hash the large files too, before opening them.")
 ]
@@ -66,6 +73,7 @@ def open_pipeline(
     engine: Iterable[str] | None,
     check_hashes: bool,
     vae_tiling: bool,
+    library_components: bool,
     keep_engines: int | None = None,
 ) -> "Pipeline":
     """The bundle at a resolution, with the tasks' engines opened; arguments are the options'."""
@@ -82,6 +90,7 @@ def open_pipeline(
         check_hashes=check_hashes,
         keep_engines=keep_engines,
         vae_tiling=vae_tiling,
+        compiled_components=not library_components,
         offload=offload,  # pyright: ignore[reportArgumentType]  # checked by `load`
     )
 

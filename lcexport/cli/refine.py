@@ -11,6 +11,7 @@ from lcexport.cli.output import (
     ContactSheetOption,
     EngineOption,
     HashesOption,
+    LibraryOption,
     OffloadOption,
     OutOption,
     TilingOption,
@@ -64,6 +65,7 @@ def refine(
     seed: Annotated[int, typer.Option(help="Of the noise and the VAE's samples.")] = 0,
     engine: EngineOption = None,
     vae_tiling: TilingOption = False,
+    library_components: LibraryOption = False,
     check_hashes: HashesOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -88,6 +90,7 @@ def refine(
             engine=engine,
             check_hashes=check_hashes,
             vae_tiling=vae_tiling,
+            library_components=library_components,
         ) as pipe,
         progress_bars() as bar,
     ):

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import lcexport.runtime
 from lcexport.builder import BuildOptions, aoti, build, components, make_plan, options_from
 from lcexport.builder import run as builder_run
 from lcexport.builder.components import check_stage
 from lcexport.builder.staging import StageOutput
 from lcexport.checkpoint import open_checkpoint
+from lcexport.cli import given as cli_given
 from lcexport.configs import preset_from
 from lcexport.configs.components import components_of, text_encoder, vae_decoder
 from lcexport.configs.errors import (
@@ -273,6 +275,29 @@ def test_other_backends_do_without_them(built, calls):
     assert calls == []
 
 
+@pytest.mark.parametrize("command", ["generate", "long", "refine"])
+@pytest.mark.parametrize(("switch", "used"), [((), True), (("--library-components",), False)])
+def test_the_command_line_has_a_switch_for_the_librarys(
+    built, run, monkeypatch, tmp_path, command, switch, used
+):
+    given = []
+
+    def stop(*place, compiled_components, **options):
+        given.append(compiled_components)
+        raise UsageError("stopped here")
+
+    monkeypatch.setattr(lcexport.runtime, "load", stop)
+    monkeypatch.setattr(cli_given, "refinement_for", lambda *_: built.graph(SIZE))
+    video = tmp_path / "given.mp4"
+    save_frames([torch.zeros(9, 32, 48, 3)], video, fps=15)
+    words = [video] if command == "refine" else ["--prompt", "a boat"]
+    words += ["--work", tmp_path / "work"] if command == "long" else []
+    words += ["--out", tmp_path / "out.mp4", "--backend", BACKEND, *switch]
+    code, _, said = run(command, built.folder, *words)
+    assert (code, said) == (2, "error: stopped here\n")
+    assert given == [used]
+
+
 def test_a_closed_pipeline_holds_no_package(opened):
     with opened() as pipe:
         package = pipe.components._decoders[DECODER][0]
@@ -330,6 +355,8 @@ def test_packages_for_something_else_are_refused_with_the_command(built, monkeyp
     with pytest.raises(IncompatibleError, match=r"another torch.*wanted torch 2\.12\.0") as caught:
         open_components(changed(built, {DECODER: record}), (TEXT, DECODER), CPU)
     assert loaded == ["encoder.pt2"]
+    assert f"the compiled {DECODER} cannot be opened" in caught.value.what
+    assert "load(compiled_components=False)" in str(caught.value.do)
     command = str(caught.value.do).split(": ", 1)[1]
     asked = taken(command)
     assert asked.compile_components
