@@ -87,9 +87,11 @@ class Components:
         self._compiled = bundle.manifest.components if used else {}
         self._decoders: Packages = {}
         with ExitStack() as self._resources:
-            self._text = Resident(self._text_loader(), self.device, offload)
-            self._resources.callback(self._text.close)
+            load_text = self._text_loader()
             self._decoders = self._packages(self._decoders_of(preset.name))
+            # Weights are read last: what does not fit this machine has been said by then.
+            self._text = Resident(load_text, self.device, offload)
+            self._resources.callback(self._text.close)
             self._vae = Resident(self._load_vae, self.device, offload)
             self._resources.callback(self._vae.close)
             self._resources = self._resources.pop_all()
