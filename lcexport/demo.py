@@ -7,6 +7,7 @@ measuring: a DiT whose matrices are large enough to keep a processor busy.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def make_demo_checkpoint(folder: Path, size: str = "demo") -> None:
     with new_folder(folder) as temporary, torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         try:
-            write_dit(temporary / "dit", sibling.config)
+            write_dit(temporary / "dit", sibling.config, random_weights(sibling.config))
             write_text_encoder(temporary / "text_encoder")
             write_tokenizer(temporary / "tokenizer")
             write_vae(temporary / "vae", sibling.vae_channels)
@@ -81,8 +82,14 @@ def make_demo_checkpoint(folder: Path, size: str = "demo") -> None:
             ) from error  # fmt: skip
 
 
-def write_dit(folder: Path, dit: DiTConfig) -> None:
-    """Original names, float32, in shards with an index, as released."""
+def random_weights(dit: DiTConfig) -> dict[str, torch.Tensor]:
+    """By their original names, float32."""
+    names = expected_tensors(dit, "original")
+    return {name: random_weight(name, shape) for name, shape in names.items()}
+
+
+def write_dit(folder: Path, dit: DiTConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Original names, in shards with an index, as released."""
     folder.mkdir()
     config = {
         "_class_name": "LongCatVideoTransformer3DModel",
@@ -92,10 +99,6 @@ def write_dit(folder: Path, dit: DiTConfig) -> None:
         "cp_split_hw": None,
     }
     write_json(folder / "config.json", config)
-    tensors = {
-        name: random_weight(name, shape)
-        for name, shape in expected_tensors(dit, "original").items()
-    }
     names = list(tensors)
     share = math.ceil(len(names) / SHARDS)
     weight_map = {}

@@ -1,0 +1,143 @@
+"""The toy's parts, untrained and for a few steps: what each is trained on, and what is written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lcexport.checkpoint import validate
+from lcexport.lora.file import check_fits, check_values, read_lora
+from lcexport.runtime.schedule import euler_step, schedule
+from lcexport.runtime.text import TextEncoder
+from tools.train_toy import dit, latents, lora, text, vae
+from tools.train_toy.checkpoint import write_checkpoint
+from tools.train_toy.training import Plan, Training, generator_at
+from tools.train_toy.world import caption, render, scenes
+
+CLIPS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("toy")
+
+
+@pytest.fixture(scope="module")
+def reader(folder) -> text.TextReader:
+    return text.train_text(folder, Plan(steps=2, rate=1e-3))
+
+
+@pytest.fixture(scope="module")
+def untrained_vae():
+    made = vae.new_vae()
+    vae.inflate(made)
+    return made.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def batches(folder, reader, untrained_vae) -> dit.Batches:
+    encoded = latents.encode_clips(untrained_vae, folder, CLIPS)
+    return dit.Batches(encoded, latents.statistics(encoded), reader)
+
+
+@pytest.fixture
+def small_batches(batches, monkeypatch) -> dit.Batches:
+    monkeypatch.setattr(dit, "BATCH", 3)
+    monkeypatch.setattr(lora, "BATCH", 3)
+    return batches
+
+
+def test_the_tokenizer_is_the_same_every_time_and_knows_every_word():
+    one, other = text.train_tokenizer(), text.train_tokenizer()
+    assert one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+    words = caption(scenes(held=True)[0], generator_at(0)).split()
+    assert one.tokenize(" ".join(words)) == [f"▁{word}" for word in words]
+    assert "<unk>" not in one.tokenize("Zebra, 12")
+
+
+def test_an_inflated_vae_sees_the_last_picture_of_each_four(untrained_vae):
+    clip, _ = latents.clip_at(0)
+    pixels = render([clip])
+    whole = untrained_vae.encode(pixels, return_dict=False)[0].mean
+    pictures = pixels[0, :, ::4].transpose(0, 1).unsqueeze(2)
+    each = untrained_vae.encode(pictures, return_dict=False)[0].mean
+    torch.testing.assert_close(whole, each.transpose(0, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_an_inflated_vae_repeats_each_picture(untrained_vae):
+    z = torch.randn(1, 16, 2, 4, 4, generator=generator_at(0))
+    frames = untrained_vae.decode(z, return_dict=False)[0]
+    later = untrained_vae.decode(z[:, :, 1:], return_dict=False)[0]
+    assert frames.shape[2] == 5
+    for frame in range(1, 5):
+        torch.testing.assert_close(frames[:, :, frame], later[:, :, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_latents_are_encoded_once(batches, folder, untrained_vae):
+    before = (folder / "latents-00000.safetensors").stat().st_mtime_ns
+    again = latents.encode_clips(untrained_vae, folder, CLIPS)
+    assert (folder / "latents-00000.safetensors").stat().st_mtime_ns == before
+    assert torch.equal(again, batches.latents)
+    assert again.shape == (CLIPS, 16, 5, 8, 8)
+
+
+def test_given_frames_are_clean_and_at_timestep_zero(batches):
+    sigma = torch.tensor([0.25, 1.0])
+    batch = batches.noised(sigma, 2, generator_at(0))
+    clean = batches.noised(torch.zeros(2), 0, generator_at(0))
+    assert torch.equal(batch.x[:, :, :2], clean.x[:, :, :2])
+    assert batch.timestep_BT.tolist() == [[0, 0, 250, 250, 250], [0, 0, 1000, 1000, 1000]]
+
+
+def test_the_sampler_ends_at_the_clip_if_the_velocity_is_what_is_learnt(batches):
+    plan = schedule(7)
+    batch = batches.noised(torch.ones(2), 0, generator_at(0))
+    x = batch.x
+    for sigma, following in zip(plan.sigmas, plan.sigmas[1:], strict=False):
+        x = euler_step(x, batch.velocity, sigma, following)
+    clean = batches.noised(torch.zeros(2), 0, generator_at(0)).x
+    torch.testing.assert_close(x, clean, rtol=0, atol=1e-4)
+
+
+def test_the_dit_learns_and_starts_from_the_same_weights(small_batches, tmp_path):
+    one, other = dit.new_dit(), dit.new_dit()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    training = Training(one, Plan(steps=8, rate=3e-3, warmup=2), tmp_path, "dit")
+    before = small_batches.loss_at(one, 0)["velocity"].item()
+    training.run(lambda step: small_batches.loss_at(one, 0))
+    assert small_batches.loss_at(one, 0)["velocity"].item() < 0.8 * before
+
+
+def test_a_lora_is_nothing_at_first_and_something_after_a_step(small_batches, tmp_path):
+    model = dit.new_dit()
+    for parameter in model.parameters():  # an output that is not zero
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator_at(0))
+    path = lora.train_lora(model, small_batches, tmp_path, Plan(steps=1, rate=1e-2, warmup=1))
+    found = read_lora(path)
+    check_fits(found, dit.CONFIG)
+    check_values(found)
+    assert len(found.modules) == 8 * dit.CONFIG.depth
+    assert len(found.modules["blocks.0.attn.qkv"].ups) == 3
+    ups = [t for name, t in load_file(path).items() if "lora_up" in name]
+    assert any(up.abs().max() > 0 for up in ups)
+
+
+def test_the_parts_make_a_sound_checkpoint(small_batches, reader, untrained_vae, tmp_path):
+    made = tmp_path / "checkpoint"
+    model = dit.new_dit()
+    change = lora.train_lora(model, small_batches, tmp_path, Plan(steps=1, rate=1e-2, warmup=1))
+    write_checkpoint(made, model, untrained_vae, small_batches.statistics, reader, change)
+    report = validate(made)
+    assert report.ok, report.problems
+    assert (report.layout, report.naming, report.components_missing) == ("released", "original", [])
+
+
+def test_the_runtime_encodes_a_caption_as_the_training_did(reader, tmp_path):
+    reader.encoder.save_pretrained(tmp_path / "text_encoder")
+    reader.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    encoder = TextEncoder(tmp_path, text_tokens=text.TEXT_TOKENS)
+    found = encoder.encode(["a red circle moves left"])
+    embeds, mask = reader.encode(["a red circle moves left"])
+    torch.testing.assert_close(found.embeds[:, 0], embeds, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.mask, mask.bool())

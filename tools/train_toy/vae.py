@@ -1,0 +1,171 @@
+"""The small Wan VAE: a VAE of pictures, whose decoder then learns the frames in between.
+
+The released strides and latent channels, 16 base channels. Trained on pictures first; then the
+convolutions in time, which pictures do not touch, are set so that a latent is the picture of the
+last frame of its four. Thus the encoder stays, and the decoder is trained on clips to place the
+three frames between one latent and the next.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    AutoencoderKLWan,
+    WanCausalConv3d,
+)
+from torch import Tensor
+
+from lcexport.runtime.decoding import empty_past
+from tools.train_toy.training import Plan, Training, generator_at
+from tools.train_toy.world import (
+    DIRECTIONS,
+    FRAMES,
+    SPEEDS,
+    Clip,
+    choose,
+    placed,
+    render,
+    scenes,
+)
+
+CONFIG: dict[str, Any] = {
+    "base_dim": 16,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 1,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+}
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: square crops of `size` pixels and `frames` frames, so many a step.
+
+    kl is the weight of the latents' pull to a normal, in nats for each number.
+    """
+
+    name: str
+    plan: Plan
+    crops: int
+    size: int
+    frames: int
+    kl: float
+
+
+PICTURES = Stage("vae-pictures", Plan(steps=1200, rate=5e-4), crops=32, size=32, frames=1, kl=2e-4)
+# As many frames as the clips have: what the convolutions keep of the past drifts beyond the
+# length they are trained at. Faster, what is already sharp is unlearnt before the rest is learnt.
+CLIPS = Stage(
+    "vae-clips",
+    Plan(steps=900, rate=1e-3, average=0.99, full_rate="time_conv", slower=0.02),
+    crops=4, size=32, frames=17, kl=0.0,
+)  # fmt: skip
+
+
+def new_vae() -> AutoencoderKLWan:
+    """The same first weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return AutoencoderKLWan(**CONFIG)
+
+
+def train_encoder(folder: Path) -> AutoencoderKLWan:
+    """Train, or go on training, in `folder`; a VAE whose encoder is finished."""
+    vae = new_vae()
+    train_stage(vae, folder, PICTURES)
+    inflate(vae)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    return vae
+
+
+def train_decoder(vae: AutoencoderKLWan, folder: Path) -> AutoencoderKLWan:
+    """The same for what `train_encoder` gave; the finished VAE."""
+    train_stage(vae, folder, CLIPS)
+    return vae.requires_grad_(False).eval()
+
+
+def train_stage(vae: AutoencoderKLWan, folder: Path, stage: Stage) -> None:
+    training = Training(vae, stage.plan, folder, stage.name)
+    training.run(partial(loss_at, vae, stage))
+    training.assign(training.averaged)
+
+
+def inflate(vae: AutoencoderKLWan) -> None:
+    """From a VAE of pictures to one of clips that are still pictures, one for each latent.
+
+    A picture goes through the last tap of each convolution in time alone. The others, and the
+    convolutions that halve and double the frames, would begin as noise: they begin as zero and as
+    "take the last one" and "twice the same".
+    """
+    with torch.no_grad():
+        for name, module in vae.named_modules():
+            if not isinstance(module, WanCausalConv3d) or module.weight.shape[2] == 1:
+                continue
+            module.weight[:, :, :-1] = 0
+            if name.endswith("time_conv"):
+                outputs, inputs = module.weight.shape[:2]
+                same = torch.eye(inputs).repeat(outputs // inputs, 1)
+                module.weight[:, :, -1] = same[..., None, None]
+                cast(Tensor, module.bias).zero_()
+
+
+def loss_at(vae: AutoencoderKLWan, stage: Stage, step: int) -> dict[str, Tensor]:
+    """Absolute and squared error of the pixels, and the pull of the latents to a normal."""
+    generator = generator_at(SEED, stage.frames, step)
+    pixels = crops(stage.crops, stage.size, stage.frames, generator)
+    posterior = cast(Any, vae.encode(pixels)).latent_dist
+    mean, variance = posterior.mean, posterior.var
+    latents = mean + posterior.std * torch.randn(mean.shape, generator=generator)
+    error = decoded(vae, latents) - pixels
+    return {
+        "absolute": error.abs().mean(),
+        "squared": error.square().mean(),
+        "kl": stage.kl * 0.5 * (mean.square() + variance - 1 - posterior.logvar).mean(),
+    }
+
+
+def crops(count: int, size: int, frames: int, generator: torch.Generator) -> Tensor:
+    """[count, 3, frames, size, size] of different clips: the shape's edges, as a rule."""
+    options = scenes(held=False)
+    rows = []
+    for _ in range(count):
+        clip = placed(options[choose(options, generator)], generator)
+        start = int(torch.randint(FRAMES - frames + 1, (), generator=generator))
+        video = render([clip], start + frames)[0, :, start:]
+        rows.append(cropped(video, centre(clip, start + frames // 2), size, generator))
+    return torch.stack(rows)
+
+
+def centre(clip: Clip, frame: int) -> tuple[float, float]:
+    """y and x of the shape's centre in a frame."""
+    x, y = (d * SPEEDS[clip.scene.speed] * frame for d in DIRECTIONS[clip.scene.direction])
+    return clip.y + y, clip.x + x
+
+
+def cropped(video: Tensor, near: Sequence[float], size: int, generator: torch.Generator) -> Tensor:
+    """A square of `video` whose centre is at most 16 pixels from `near` along each axis."""
+    offsets = torch.randint(-16, 17, (2,), generator=generator).tolist()
+    top, left = (
+        min(max(round(middle) + offset - size // 2, 0), length - size)
+        for middle, offset, length in zip(near, offsets, video.shape[-2:], strict=True)
+    )
+    return video[..., top : top + size, left : left + size]
+
+
+def decoded(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """As the library decodes, but not clamped to -1..1, where no gradient would come back."""
+    x = vae.post_quant_conv(latents)
+    past = empty_past(vae.decoder)
+    frames = range(x.shape[2])
+    parts = [
+        vae.decoder(x[:, :, t : t + 1], feat_cache=past, feat_idx=[0], first_chunk=t == 0)
+        for t in frames
+    ]
+    return torch.cat(parts, 2)

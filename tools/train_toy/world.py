@@ -1,0 +1,159 @@
+"""The world that the toy is trained on: one coloured shape moves across a plain background.
+
+A scene is a point of a small grid of attributes, a clip one of the places where it can happen, a
+caption one of the ways to say it. Everything follows from the generator that is passed in.
+
+B clips, F frames of H x W pixels, in -1..1.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+HEIGHT = WIDTH = 64  # pixels
+FRAMES = 17
+FPS = 8
+
+COLOURS = {
+    "red": (220, 45, 45),
+    "green": (45, 190, 75),
+    "blue": (55, 95, 235),
+    "yellow": (240, 210, 55),
+    "purple": (175, 65, 205),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y
+SPEEDS = {"slowly": 1.0, "quickly": 2.0}  # pixels a frame
+SIZES = {"small": 9.0, "large": 13.0}  # pixels from the centre to the farthest edge
+BACKGROUNDS = {"black": (18, 18, 22), "gray": (115, 115, 120), "brown": (95, 60, 40)}
+
+# In the training data no shape of these colours moves that way: the prompts of the evaluation are
+# about them. Each colour, shape and direction is in some other combination that is seen.
+HELD = frozenset(
+    (colour, SHAPES[(i + j) % 3], direction)
+    for i, colour in enumerate(COLOURS)
+    for j, direction in enumerate(DIRECTIONS)
+    if (i + j) % 2 == 0
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What happens, without where."""
+
+    colour: str
+    shape: str
+    direction: str
+    speed: str
+    size: str
+    background: str
+
+    @property
+    def held(self) -> bool:
+        return (self.colour, self.shape, self.direction) in HELD
+
+    @property
+    def travel(self) -> tuple[float, float]:
+        """Pixels from the first frame of a clip to the last, along x and y."""
+        x, y = DIRECTIONS[self.direction]
+        pixels = SPEEDS[self.speed] * (FRAMES - 1)
+        return x * pixels, y * pixels
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A scene, and where the shape's centre is in the first frame: x to the right, y down."""
+
+    scene: Scene
+    x: float
+    y: float
+
+
+def scenes(*, held: bool) -> list[Scene]:
+    """Every scene that training sees, or every one that it does not."""
+    grid = itertools.product(COLOURS, SHAPES, DIRECTIONS, SPEEDS, SIZES, BACKGROUNDS)
+    return [scene for scene in itertools.starmap(Scene, grid) if scene.held == held]
+
+
+def choose(options: Sequence[object], generator: torch.Generator) -> int:
+    """A place in `options`."""
+    return int(torch.randint(len(options), (), generator=generator))
+
+
+def placed(scene: Scene, generator: torch.Generator) -> Clip:
+    """A clip in which the shape stays within the picture."""
+    radius = SIZES[scene.size]
+    x, y = (
+        free_start(length, radius, travel, float(torch.rand((), generator=generator)))
+        for length, travel in zip((WIDTH, HEIGHT), scene.travel, strict=True)
+    )
+    return Clip(scene, x, y)
+
+
+def free_start(length: int, radius: float, travel: float, share: float) -> float:
+    """Where to start along one axis: `share` of the way through the places that leave room."""
+    first = radius + max(0.0, -travel)
+    last = length - radius - max(0.0, travel)
+    return first + share * (last - first)
+
+
+def caption(scene: Scene, generator: torch.Generator) -> str:
+    """The colour, the shape and the direction, and each of the rest as often as not."""
+    size, speed, background = (torch.rand(3, generator=generator) < 0.5).tolist()
+    return " ".join(
+        [
+            "a",
+            *([scene.size] if size else []),
+            scene.colour,
+            scene.shape,
+            "moves",
+            scene.direction,
+            *([scene.speed] if speed else []),
+            *(["on a", scene.background, "background"] if background else []),
+        ]
+    )
+
+
+def full_caption(scene: Scene) -> str:
+    """All there is to say."""
+    return (
+        f"a {scene.size} {scene.colour} {scene.shape} moves {scene.direction} {scene.speed} "
+        f"on a {scene.background} background"
+    )
+
+
+def render(clips: Sequence[Clip], frames: int = FRAMES) -> torch.Tensor:
+    """[B, 3, F, H, W]; edges are one pixel wide."""
+    return torch.stack([render_one(clip, frames) for clip in clips])
+
+
+def render_one(clip: Clip, frames: int) -> torch.Tensor:
+    scene = clip.scene
+    step_x, step_y = (d * SPEEDS[scene.speed] for d in DIRECTIONS[scene.direction])
+    time = torch.arange(frames)[:, None, None]
+    x_FHW = torch.arange(WIDTH) + 0.5 - (clip.x + step_x * time)
+    y_FHW = (torch.arange(HEIGHT) + 0.5)[:, None] - (clip.y + step_y * time)
+    cover_FHW = coverage(scene.shape, x_FHW, y_FHW, SIZES[scene.size])
+    inside, outside = (
+        torch.tensor(palette) / 127.5 - 1
+        for palette in (COLOURS[scene.colour], BACKGROUNDS[scene.background])
+    )
+    return torch.lerp(outside[:, None, None, None], inside[:, None, None, None], cover_FHW)
+
+
+def coverage(shape: str, x: torch.Tensor, y: torch.Tensor, radius: float) -> torch.Tensor:
+    """How much of each pixel the shape covers, 0..1; x and y count from its centre."""
+    if shape == "circle":
+        outside = torch.hypot(x, y) - radius
+    elif shape == "square":
+        outside = torch.maximum(x.abs(), y.abs()) - 0.86 * radius
+    else:  # equilateral, a point up; its centre is that of its bounding box
+        half_height = radius * 0.93
+        slope = math.sqrt(3)
+        sides = (slope * x.abs() - (y + half_height)) / 2
+        outside = torch.maximum(sides, y - half_height)
+    return (0.5 - outside).clamp(0, 1)
