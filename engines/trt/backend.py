@@ -28,7 +28,8 @@ def require(backend: str, precision: str, device: torch.device) -> None:
     """
     if precision != "bf16":
         raise IncompatibleError(
-            f"{backend} engines are bf16: fused attention has no float32 kernel",
+            f"{backend} engines are bf16: RTX 1.7 has no fused attention in float32, and with "
+            "TensorRT none was tried",
             got=f"precision {precision}",
             do="Build with --precision bf16; what is sensitive stays in float32.",
         )
