@@ -221,7 +221,7 @@ def plugin_device(device: torch.device) -> Any:
     raise IncompatibleError(
         f"TensorRT for RTX offers no {device}",
         got=f"{len(offered)} other devices",
-        wanted="an RTX GPU: sm80, sm86, sm89, sm120 or sm121",
+        wanted="a GPU that RTX plans are compiled for: sm80, sm86, sm89, sm120 or sm121",
     )
 
 
