@@ -88,7 +88,8 @@ def measure(way: str, graph: Path, segments: int) -> dict[str, object]:
     again = compiled(first[0], graph)
     attentions = sum(int(str(row["attentions"])) * int(str(row["uses"])) for row in rows)
     total = sum(int(str(row["bytes"])) for row in rows)
-    print(f"together {seconds:.0f} s, {total / 1e9:.3f} GB, {attentions} fused attentions a pass")
+    print(f"together {seconds:.0f} s, {total / 1e9:.3f} GB")
+    print(f"{attentions} attentions a pass, none decomposable")
     same = again.sha256 == first[1].sha256
     print(f"the first plan compiled again: bytes {'equal' if same else 'differ'}", flush=True)
     return {

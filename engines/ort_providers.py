@@ -26,6 +26,7 @@ from lcexport.engines import PROVIDERS, TensorRT
 from lcexport.engines.bundle import Bundle, check_file
 from lcexport.engines.manifest import EngineRecord
 from lcexport.engines.trt.backend import engine_record
+from lcexport.engines.trt.options import refuse_tf32_override
 from lcexport.engines.trt.product import OFFERS, loads
 from lcexport.engines.trt.rebuild import rebuild_command
 
@@ -122,6 +123,8 @@ def require(backend: str, precision: str, device: torch.device) -> None:
 
 def require_gpu(provider: str, device: torch.device) -> None:
     """Raise IncompatibleError unless ONNX Runtime has `provider`, all it links to, and a GPU."""
+    if provider in (TENSORRT, TENSORRT_RTX):
+        refuse_tf32_override()
     if provider == TENSORRT_RTX:
         require_plugin()
     elif provider not in ort.get_available_providers():
@@ -218,7 +221,7 @@ def plugin_device(device: torch.device) -> Any:
     raise IncompatibleError(
         f"TensorRT for RTX offers no {device}",
         got=f"{len(offered)} other devices",
-        wanted="an RTX GPU: sm80, sm86, sm89, sm120 or sm121",
+        wanted="a GPU that RTX plans are compiled for: sm80, sm86, sm89, sm120 or sm121",
     )
 
 

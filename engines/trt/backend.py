@@ -12,7 +12,7 @@ from lcexport.engines import Engine
 from lcexport.engines.bundle import Bundle
 from lcexport.engines.manifest import WEIGHTS, CallRecord, EngineRecord
 from lcexport.engines.trt.memory import CudaOps, Workspace, missing_gpu
-from lcexport.engines.trt.options import bf16_targets
+from lcexport.engines.trt.options import bf16_targets, refuse_tf32_override
 from lcexport.engines.trt.product import Product, open_product
 from lcexport.engines.trt.reader import BuiltFor, Here, PlanFile, read_here
 from lcexport.engines.trt.rebuild import rebuild_command
@@ -28,7 +28,8 @@ def require(backend: str, precision: str, device: torch.device) -> None:
     """
     if precision != "bf16":
         raise IncompatibleError(
-            f"{backend} engines are bf16: fused attention has no float32 kernel",
+            f"{backend} engines are bf16: RTX 1.7 has no fused attention in float32, and with "
+            "TensorRT none was tried",
             got=f"precision {precision}",
             do="Build with --precision bf16; what is sensitive stays in float32.",
         )
@@ -36,6 +37,7 @@ def require(backend: str, precision: str, device: torch.device) -> None:
         raise UsageError(f"unknown device for {backend}", got=repr(str(device)), wanted="cpu, cuda")
     product = open_product(backend)
     if device.type == "cuda":
+        refuse_tf32_override()
         here = read_here(product, device)
         if product.is_rtx and here.compute_capability not in (known := bf16_targets(product)):
             raise IncompatibleError(

@@ -2,10 +2,11 @@
 
 TensorRT decides at the end of a build what it fuses, so this is where fused attention is known:
 after its compiler, where `network` knows what its parser took. (TensorRT for RTX makes its kernels
-on the device, and what it calls them is not known.) The answer is JSON of two forms. TensorRT 10
-lists the inputs and outputs as `Bindings`, and says a tensor's layout and type in one field,
-`Format/Datatype`; TensorRT 11 has `I/O Tensors`, and `Format` and `Datatype` apart. Engines built
-without detailed verbosity only list names.
+on the device, and what it calls them is not known.) The answer is JSON of two forms, by NVIDIA's
+migration page: no engine of ours was inspected. TensorRT 10 lists the inputs and outputs as
+`Bindings`, and says a tensor's layout and type in one field, `Format/Datatype`; TensorRT 11 has
+`I/O Tensors`, and `Format` and `Datatype` apart. Engines built without detailed verbosity only list
+names.
 """
 
 import json

@@ -1,10 +1,10 @@
 """A parsed network held against what it must be.
 
 Strong typing makes the network's types the engine's types, so this is where precision is known
-for certain: after TensorRT's parser, before its compiler. Checked are attention (all of it fused
-layers, none in float32), the norms and roots (float32), every rounding to a lower precision (only
-of finished sums, norms and turned pairs) and the number of each. Block-sparse attention is layers
-of a function of that name, or a plugin: it has rules of its own.
+for certain: after TensorRT's parser, before its compiler. Checked are attention (all of it layers
+that may not be decomposed, none in float32), the norms and roots (float32), every rounding to a
+lower precision (only of finished sums, norms and turned pairs) and the number of each. Block-sparse
+attention is layers of a function of that name, or a plugin: it has rules of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lcexport.engines.trt.product import Product
 if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
 
-# Fused float16 attention is reported to sum its exponentials in float16, which ends at 65,504.
+# Fused float16 attention was reported to give NaN at 65,536 keys (docs/tensorrt.md): a margin.
 MOST_FP16_KEYS = 60_000
 PRODUCTS = frozenset({"MATRIX_MULTIPLY", "CONVOLUTION", "EINSUM"})
 COUNTED = (
@@ -158,7 +158,7 @@ class NetworkCheck:
         elif layer.kind == "SOFTMAX":
             self.refuse(
                 f"{layer} is attention in pieces, which would keep every score in memory",
-                do="Attention must reach TensorRT as ONNX Attention, which it fuses or refuses.",
+                do="Attention must reach TensorRT as ONNX Attention, which it may not decompose.",
             )
         elif layer.kind in PRODUCTS:
             self.check_product(layer, expectations.islands)
@@ -172,7 +172,7 @@ class NetworkCheck:
             self.check_dequantised(layer)
 
     def check_attention(self, layer: Layer) -> None:
-        """One attention: fused or nothing, and in a precision that has a fused kernel."""
+        """One attention: not to be decomposed, and in a type that is built."""
         attention = seen_as(self.trt.IAttentionInputLayer, layer.raw).attention
         if attention.decomposable:
             self.refuse(
@@ -183,15 +183,15 @@ class NetworkCheck:
         dtypes = {dtype_of(tensor) for tensor in (query, key, value)}
         if not dtypes <= LOW or len(dtypes) != 1:
             self.refuse(
-                f"{layer} has no fused kernel in its precision",
+                f"{layer} is not in one of the types that are built",
                 got=", ".join(sorted(dtypes)),
-                wanted="bfloat16 queries, keys and values",
+                wanted=f"{' or '.join(sorted(LOW))} queries, keys and values",
                 do="Build the bundle with --precision bf16.",
             )
         keys = key.shape[-2]
         if dtypes == {"float16"} and keys > MOST_FP16_KEYS:
             self.refuse(
-                f"{layer} would overflow in float16",
+                f"{layer} may overflow in float16",
                 got=f"{keys} keys",
                 wanted=f"at most {MOST_FP16_KEYS}, or bfloat16",
                 do="Build the bundle with --precision bf16.",

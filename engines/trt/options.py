@@ -5,6 +5,7 @@ What a product lacks is an error that says so: nothing asked for is ignored.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +21,7 @@ HardwareCompatibility = Literal["none", "ampere_plus", "same_compute_capability"
 SparseKernel = Literal["graph", "plugin"]
 AMPERE = 80  # as in sm80, the first with bfloat16
 NOT_TARGETS = ("NONE", "CURRENT")  # no GPU architectures: CURRENT asks the driver for one
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 
 class TrtOptions(BaseModel):
@@ -96,15 +98,36 @@ def require_supported(product: Product, options: TrtOptions) -> None:
             )
 
 
+def overrides_tf32() -> bool:
+    """Whether the environment asks NVIDIA's libraries for TF32: at 0 it asks for none."""
+    return os.environ.get(TF32_OVERRIDE, "") not in ("", "0")
+
+
+def refuse_tf32_override() -> None:
+    """Raise IncompatibleError where the environment overrules the flag that `configure` clears.
+
+    RTX 1.7.1 builds with TF32 where it is 1, whatever the flag. It makes kernels where a plan runs,
+    too; whether it asks the environment there was not tried.
+    """
+    if overrides_tf32():
+        raise IncompatibleError(
+            f"{TF32_OVERRIDE} asks for TF32, and float32 products are to be float32",
+            got=f"{TF32_OVERRIDE}={os.environ[TF32_OVERRIDE]}",
+            wanted="0, or no such variable",
+            do=f"unset {TF32_OVERRIDE}",
+        )
+
+
 def configure(
     product: Product, builder: TensorRT.Builder, options: TrtOptions
 ) -> TensorRT.IBuilderConfig:
     """A builder configuration that does what `options` say, with true float32.
 
     Raises:
-        UsageError, IncompatibleError: see `require_supported`.
+        UsageError, IncompatibleError: see `require_supported` and `refuse_tf32_override`.
     """
     require_supported(product, options)
+    refuse_tf32_override()
     trt = product.trt
     config = builder.create_builder_config()
     # On by default: it would round the inputs of float32 products to ten bits of mantissa.

@@ -45,9 +45,10 @@ class RunOptions:
 def set_weight_budget(engines: Sequence[TensorRT.ICudaEngine], options: RunOptions) -> None:
     """Share the budget out in proportion to the segments' weights.
 
-    What TensorRT chooses is an answer for one plan, from the memory that is free, as if the others
-    did not exist. The largest answer is therefore the budget of them all: never too much, and with
-    several plans less than there may be room for, which only a number of bytes can use.
+    What TensorRT chooses is an answer for one plan, "based on available device memory" by its
+    documentation; we read it as if the others did not exist. The largest answer is therefore the
+    budget of them all. With several plans that may be less than there is room for, which only a
+    number of bytes can use. No engine was asked.
 
     Raises:
         UsageError: the plans were built without weight streaming.

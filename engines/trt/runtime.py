@@ -136,8 +136,9 @@ class TrtEngine:
                     self._steps.append(step_from(product, self._engines[call.plan], call))
                 self._prepare()
         except BaseException as error:
-            # The traceback's frames hold engines, which must not outlive the runtime.
-            traceback.clear_frames(error.__traceback__)
+            # The tracebacks' frames hold engines, which must not outlive the runtime.
+            for raised in filter(None, (error, error.__cause__)):
+                traceback.clear_frames(raised.__traceback__)
             self.close()
             raise
 

@@ -171,7 +171,11 @@ def make_context(product: Product, engine: TensorRT.ICudaEngine, log: MessageLog
     for spec in ports_of(product, engine)[0]:
         if not context.ready.set_input_shape(spec.name, spec.shape):
             raise refused(log, f"set_input_shape({spec.name!r}, {spec.shape}) returned False")
-    if lacking := context.ready.infer_shapes():
+    try:
+        lacking = context.ready.infer_shapes()
+    except RuntimeError as error:  # what is wrong is something else than a shape not given
+        raise refused(log, f"infer_shapes: {error}") from error
+    if lacking:
         raise refused(log, f"infer_shapes lacks {', '.join(lacking)}")
     return context
 

@@ -73,8 +73,8 @@ class TimingCache:
     def _from(self, config: TensorRT.IBuilderConfig, data: bytes) -> TensorRT.ITimingCache:
         """A cache of the file's bytes, or an empty one of none.
 
-        Of bytes that it cannot read the library is assumed to make an empty cache, as RTX 1.7.1
-        does of any bytes where there is no driver.
+        Of bytes that it cannot read the library is assumed to make an empty cache. RTX 1.7.1 made
+        one of damaged bytes; it warns itself that its timing caches are no-ops.
         """
         cache = config.create_timing_cache(data)
         if cache is None or (data and is_empty(config, cache) and serialized(cache) != data):

@@ -28,7 +28,7 @@ from lcexport.configs.errors import BuildError, Cancelled, LcexportError, Resour
 from lcexport.engines.files import publish, refuse_existing, resource_errors, sync_folder
 from lcexport.engines.trt.compile import Cancel, OnProgress, PlanReport, compile_plan
 from lcexport.engines.trt.network import Expectations
-from lcexport.engines.trt.options import TrtOptions
+from lcexport.engines.trt.options import TF32_OVERRIDE, TrtOptions, overrides_tf32
 from lcexport.engines.trt.product import MessageLog, ProductName, open_product
 from lcexport.engines.trt.sparse_plugin import Kernel, register_plugin
 
@@ -142,12 +142,16 @@ def child(
 def child_environment(gpu: str | None = None) -> dict[str, str]:
     """This process's own, with this lcexport first among what Python finds, and `gpu` alone.
 
-    TensorRT builds on the first GPU it sees.
+    TensorRT builds on CUDA's current device, the first. A wish for TF32 is left out: it would
+    overrule the builder's flag.
     """
     package = str(Path(lcexport.__file__).parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    return {**os.environ, **seen, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, **seen, "PYTHONPATH": os.pathsep.join(paths)}
+    if overrides_tf32():
+        del environment[TF32_OVERRIDE]
+    return environment
 
 
 def converse(

@@ -171,7 +171,7 @@ def target_of(product: Product) -> Target:
     major = product.version[0]
     if major not in TARGETS:
         raise IncompatibleError(
-            "what this TensorRT refuses is not known",
+            "lcexport has no rules for this TensorRT",
             got=product,
             wanted=" or ".join(TARGETS.values()),
             do=f"pip install 'tensorrt-cu13<{max(TARGETS) + 1}'",
@@ -180,11 +180,11 @@ def target_of(product: Product) -> Target:
 
 
 def refuse_violations(model: ir.Model, backend: ProductName) -> None:
-    """BuildError where the product's parser would refuse the graph: said before it is started."""
+    """BuildError where the graph breaks our rules for the product: said before it is started."""
     target = target_of(open_product(backend))
     if violations := check_graph(model, target):
         raise BuildError(
-            f"{target} would refuse this graph",
+            f"this graph breaks lcexport's rules for {target}",
             got=f"{len(violations)} violations, the first: {violations[0]}",
             do="`lcexport check` lists them all.",
         )
@@ -273,8 +273,9 @@ def plans_folder(backend: str, graph: str) -> str:
 def trt_options(backend: ProductName, options: BuildOptions) -> TrtOptions:
     """The build's options, with a timing cache where the product measures kernels.
 
-    A graph is the same block again and again: what was measured for one serves the others, the
-    next segment and the next build. A cache fits one GPU, driver and version, which name it.
+    A graph is the same block again and again: what was measured for one is meant to serve the
+    others, the next segment and the next build (not tried). A cache fits one GPU, driver and
+    version, which name it.
     """
     if backend != "tensorrt" or options.trt.timing_cache is not None or options.device == "cpu":
         return options.trt

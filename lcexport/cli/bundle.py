@@ -72,7 +72,7 @@ def check(
     ] = "tensorrt-11",
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a TensorRT parser would refuse in a bundle's graphs. Needs no TensorRT."""
+    """Say where a bundle's graphs break lcexport's rules for TensorRT. Needs no TensorRT."""
     from lcexport.engines.bundle import open_bundle
     from lcexport.graph.check import check_graph
     from lcexport.show.bundle import show_violations
@@ -91,4 +91,6 @@ def check(
     else:
         show_violations(found, target)
     if count := sum(map(len, found.values())):
-        raise BuildError(f"{target} would refuse the graphs of {bundle}", got=f"{count} violations")
+        raise BuildError(
+            f"the graphs of {bundle} break lcexport's rules for {target}", got=f"{count} violations"
+        )

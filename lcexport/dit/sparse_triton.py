@@ -162,7 +162,8 @@ def compile_kernel(
 def without_scratch(ptx: str, wanted: int) -> str:
     """PTX whose entry has `wanted` parameters: Triton adds pointers to scratch memory.
 
-    TensorRT passes only the plugin's own. The kernel uses no scratch, so nothing reads the others.
+    As we read `tensorrt.plugin`, TensorRT passes only the plugin's own (not tried). The kernel uses
+    no scratch, so nothing reads the others.
     """
     entry = re.search(r"\.entry\s+\w+\(([^)]*)\)", ptx)
     if entry is None:

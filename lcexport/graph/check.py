@@ -1,10 +1,10 @@
-"""Would TensorRT accept this graph? Answered in milliseconds, without TensorRT.
+"""Does a graph keep our rules for TensorRT? Answered in milliseconds, without TensorRT.
 
 Strong typing leaves no room for interpretation: what a graph says is what is compiled. So ONNX's
 own type inference, started anew from the inputs and the weights of every call, tells what the
-parser will meet, and the rules of `lcexport.graph.targets` tell what it accepts. Where a rule is
-stricter than the parser, the parser accepts something that is not what the graph says (float64 is
-read as float32), that the compiler does badly, or that other engines refuse.
+parser will meet, and the rules of `lcexport.graph.targets` tell what TensorRT for RTX 1.7 was seen
+to take. Where a rule is stricter than that, the parser accepts something that is not what the graph
+says (float64 is read as float32), that the compiler does badly, or that other engines refuse.
 """
 
 import re
@@ -41,7 +41,7 @@ INFERENCE_ERROR = re.compile(r"\(op_type:(\w+)(?:, node name: ([^)]*))?\): ([^\n
 
 
 def check_graph(graph: str | Path | ir.Model, target: Target) -> list[Violation]:
-    """Everything `target` would refuse, in the order of the graph; nothing where it is fit.
+    """Every breach of our rules for `target`, in the order of the graph; nothing where it is fit.
 
     Args:
         graph: a graph file, or a model that knows where its weights lie.

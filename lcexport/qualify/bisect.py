@@ -5,8 +5,8 @@ graph and eager torch run on the same inputs, and the calls are compared in thei
 Polygraphy, which is an optional extra. Unlike in the `modules` claim, each block here gets what
 the engine itself made before it, and it is the engine's own compiler that is asked.
 
-A compiler cannot fuse across an output. An error that comes of such a fusion is not found here; it
-shows in the `step` claim, and not in this one.
+An output may keep a compiler from fusing across it. An error that comes of such a fusion is then
+not found here; it shows in the `step` claim, and not in this one.
 """
 
 import importlib
@@ -38,7 +38,7 @@ BISECT = Claim(
     "Every block's output in an engine of the same graph with those outputs marked, against eager "
     "torch's, with Polygraphy. The first that is outside is named.",
 )
-OLDEST = (0, 53)  # older ones ask TensorRT 11 for attributes that it has no more
+OLDEST = (0, 53)  # older ones, by their source, ask TensorRT 11 for names it no longer has
 
 
 def require_polygraphy() -> None:

@@ -137,16 +137,16 @@ def how_compiled(engine: EngineRecord) -> str:
 
 
 def attentions_of(engine: EngineRecord) -> int:
-    """Fused attentions of a pass: a plan may be used more than once."""
+    """Attentions of a pass, none decomposable: a plan may be used more than once."""
     uses = [call.plan for call in engine.calls] or range(len(engine.plans))
     return sum(engine.plans[index].attentions for index in uses)
 
 
 def show_violations(found: Mapping[str, Sequence[Violation]], target: str) -> None:
-    """What a target would refuse, graph by graph."""
+    """Which rules for a target are broken, graph by graph."""
     for name, violations in found.items():
         if not violations:
-            show_text(f"{name}: nothing that {target} would refuse")
+            show_text(f"{name}: breaks none of lcexport's rules for {target}")
         for violation in violations:
             show_text(f"{name}: {violation}")
 

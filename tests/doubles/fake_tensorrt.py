@@ -619,13 +619,15 @@ class IExecutionContext:
 
     def infer_shapes(self) -> list[str]:
         engine = self._alive()
+        if fails("IExecutionContext.infer_shapes", "raises"):
+            raise RuntimeError("shape inference failed")
         inputs = [name for name, (mode, _) in engine._ports.items() if mode == TensorIOMode.INPUT]
         lacking = [
             name
             for name in inputs
             if name not in self._shapes and -1 in engine.get_tensor_shape(name)
         ]
-        return inputs[:1] if fails("IExecutionContext.infer_shapes") else lacking
+        return inputs[:1] if fails("IExecutionContext.infer_shapes", "lacks") else lacking
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         engine = self._alive()

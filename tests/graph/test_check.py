@@ -1,4 +1,4 @@
-"""The checker says what TensorRT for RTX says, and where it says more, why."""
+"""The checker refuses what TensorRT for RTX refuses, and where it refuses more, why."""
 
 import re
 from collections.abc import Callable
@@ -100,7 +100,20 @@ IF = (
     + ">"
 )
 BRANCHES = "bool c, bfloat16[1,2,16,64] q", "bfloat16[1,2,16,64]"
+LOOP = (
+    "n = Constant<value = int64 {{3}}>() y = Loop<body = "
+    "b (int64 i, bool d, bfloat16[1,2,16,64] u) => (bool e, bfloat16[1,2,16,64] v) "
+    "{{ e = Identity(d) v = {0} }}>(n, c, q)"
+)
+SCAN = (
+    "t, y = Scan<num_scan_inputs = 1, body = "
+    "b (bfloat16[1] u, bfloat16[1,2,16,64] a) => (bfloat16[1] w, bfloat16[1,2,16,64] r) "
+    "{{ w = Identity(u) r = {0} }}>(s, x)"
+)
+SCANNED = "bfloat16[1] s, bfloat16[3,1,2,16,64] x", "bfloat16[3,1,2,16,64]"
 EXPAND = "s = Constant<value = int64[2] {{{0}, {0}}}>() e = Expand(x, s) y = ReduceMax(e)"
+
+WIDTHS = (9, 10, 11, 12, 16, 17, 24, 33, 48, 63, 65, 72, 100, 120, 127, 129, 200, 255, 256)
 
 GOOD = {
     "add": text(ADD, "bfloat16[4] x", "bfloat16[4]"),
@@ -120,12 +133,16 @@ GOOD = {
         q="1,16,128", k="1,16,128", call="y = Attention<q_num_heads = 2, kv_num_heads = 2>(q, k, v)"
     ),
     "attention, shared keys": attention(q="1,4,16,64"),
-    "attention, head of 9": sized(9),
-    "attention, head of 120": sized(120),
-    "attention, head of 256": sized(256),
+    **{f"attention, head of {width}": sized(width) for width in WIDTHS},
     "attention, 92,160 keys": attention(k="1,2,92160,64"),
     "attention, boolean mask": masked("bool[1,1,16,16]"),
     "attention, mask of keys": masked("bool[1,1,1,16]"),
+    "attention, mask of 480p": attention(
+        q="1,2,37440,64",
+        k="1,2,37440,64",
+        call="y = Attention(q, k, v, m)",
+        more=", bool[1,1,37440,37440] m",
+    ),
     "attention, added mask": masked("bfloat16[16,16]"),
 }
 
@@ -172,8 +189,8 @@ BAD = {
     "bitwise": (text("y = BitwiseNot(x)", "int32[4] x", "int32[4]"), "BitwiseNot"),
     "dynamic": (text(ADD, "float[N] x", "float[N]"), r"not known: \[0\]"),
     "size from the data": (text("y = NonZero(x)", "float[4] x", "int64[1,N]"), "NonZero"),
-    "attention, float32": (attention("float"), "no fused kernel in FLOAT"),
-    "attention, head of 8": (sized(8), "head dimension of 8 has no fused kernel: 9 to 256"),
+    "attention, float32": (attention("float"), "FLOAT is not one of the types that are built"),
+    "attention, head of 8": (sized(8), "head dimension of 8 is not built: 9 to 256 are"),
     "attention, head of 257": (sized(257), "head dimension of 257"),
     "attention, head of 384": (sized(384), "head dimension of 384"),
     "attention, ranks differ": (
@@ -209,7 +226,23 @@ BAD = {
     "attention, mask too small": (masked("bool[16,8]"), "does not spread"),
     "attention in a branch": (
         text(IF.format("t", "Attention(q, q, q)", "e", "Identity(q)"), *BRANCHES),
-        "Attention inside If does not build",
+        "Attention inside If was seen not to build",
+    ),
+    "attention in a loop": (
+        text(LOOP.format("Attention(u, u, u)"), *BRANCHES),
+        "Attention inside Loop was seen not to build",
+    ),
+    "attention in a scan": (
+        text(SCAN.format("Attention(a, a, a)"), *SCANNED),
+        "Attention inside Scan was seen not to build",
+    ),
+    "scan without a state": (
+        text(
+            "y = Scan<num_scan_inputs = 1, body = b (float[4] a) => (float[4] r) {r = Relu(a)}>(x)",
+            "float[3,4] x",
+            "float[3,4]",
+        ),
+        "inside the branches of Scan",
     ),
 }
 
@@ -257,8 +290,8 @@ STRICTER = {
     "empty": (text(ADD, "float[0,4] x", "float[0,4]"), "empty", "an empty tensor is a mistake"),
     "float16 with many keys": (
         attention("float16", k="1,2,60001,64"),
-        "60001 keys overflow",
-        "builds, and gives NaN when it runs",
+        "60001 keys may overflow",
+        "NaN was reported of 65,536 keys, more than float16's largest number: a margin",
     ),
     "decomposable attention": (
         attention(call="y = Attention<TRT_decomposable = 1>(q, k, v)"),
@@ -275,6 +308,8 @@ STRICTER = {
         "inside the branches of If",
         "their types are not proven",
     ),
+    "loop": (text(LOOP.format("Add(u, u)"), *BRANCHES), "branches of Loop", "the same"),
+    "scan": (text(SCAN.format("Add(a, a)"), *SCANNED), "branches of Scan", "the same"),
     "random": (
         text("r = RandomNormalLike(x) y = Add(x, r)", "float[4] x", "float[4]"),
         "RandomNormalLike",
@@ -425,7 +460,9 @@ def test_casts_up_to_float32_around_attention_are_folded_by_the_compiler(make_gr
     path = make_graph("bf16")
     model, block = one_block(path)
     attention_in_float32(model, block)
-    match = r"Block: node_scaled_dot_product_attention: has no fused kernel in FLOAT \[attention\]"
+    match = (
+        r"Block: node_scaled_dot_product_attention: FLOAT is not one of the types that are built"
+    )
     assert re.search(match, said(check_graph(model, "tensorrt-rtx")))
     assert rtx(model, path) == ""
 

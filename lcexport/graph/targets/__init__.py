@@ -1,8 +1,8 @@
-"""What TensorRT's parsers and compilers accept, as tables and rules that need no TensorRT.
+"""Our rules for graphs that TensorRT compiles, as tables and code that need no TensorRT.
 
 tables      products, operators and the element types each operator takes
 rules       one node: operator, types, shapes; and what a violation is
-attention   the Attention operator: what has a fused kernel
+attention   the Attention operator: what of it is built
 external    weights beside the graph: inside the bundle, and whole
 
 `lcexport.graph.check` walks a graph with them.

@@ -1,8 +1,9 @@
-"""Attention: what the parser takes, and what has a fused kernel.
+"""Attention: what of it is built.
 
-The node leaves the exporter without TensorRT's `TRT_decomposable`, so a compiler that has no fused
-kernel fails, instead of writing 167 GiB of scores at 480p. These rules say so before it tries.
-The limits were found by building with TensorRT for RTX 1.7.
+The node leaves the exporter without TensorRT's `TRT_decomposable`: a compiler that has no fused
+kernel fails, as RTX 1.7 does, instead of writing 167 GiB of scores at 480p. These rules say so
+before it tries. The limits were found by building with TensorRT for RTX 1.7, but for the most keys
+in float16.
 """
 
 import onnx_ir as ir
@@ -10,9 +11,9 @@ import onnx_ir as ir
 from lcexport.graph.targets.rules import Reasons, Types, shape_of, type_of
 
 HEAD_DIM = range(9, 257)
-MAX_FP16_KEYS = 60_000  # the sum of 65,504 exponentials is infinite in float16
+MAX_FP16_KEYS = 60_000  # NaN was reported at 65,536 (docs/tensorrt.md): a margin
 MAX_MASK_RANK = 4
-BULK = frozenset({ir.DataType.BFLOAT16, ir.DataType.FLOAT16})
+BULK = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
 REFUSED_ATTRIBUTES = ("softcap", "softmax_precision", "qk_matmul_output_mode")
 
 
@@ -30,7 +31,9 @@ def attention_reasons(node: ir.Node, types: Types) -> Reasons:
         names = ", ".join(dtype.name for dtype in dtypes if dtype is not None)
         yield "attention", f"queries, keys and values differ in type: {names}"
     elif dtypes[0] not in BULK:
-        yield "attention", f"has no fused kernel in {dtypes[0].name if dtypes[0] else None}"
+        built = ", ".join(dtype.name for dtype in BULK)
+        name = dtypes[0].name if dtypes[0] else None
+        yield "attention", f"{name} is not one of the types that are built: {built}"
     if len({len(q), len(k), len(v)}) > 1:
         yield "attention", f"queries, keys and values differ in rank: {q}, {k}, {v}"
         return
@@ -41,7 +44,7 @@ def attention_reasons(node: ir.Node, types: Types) -> Reasons:
     q, k, v = sizes
     yield from shape_reasons(q, k, v)
     if dtypes[0] == ir.DataType.FLOAT16 and k[2] > MAX_FP16_KEYS:
-        yield "attention", f"{k[2]} keys overflow in float16: use bfloat16"
+        yield "attention", f"{k[2]} keys may overflow in float16: use bfloat16"
     yield from mask_reasons(node, types, (q[0], q[1], q[2], k[2]))
 
 
@@ -71,14 +74,15 @@ def head_sizes(node: ir.Node, *shapes: tuple[int, ...]) -> list[tuple[int, ...]]
 
 
 def shape_reasons(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> Reasons:
-    """Batches, heads and head dimensions fit, and have a kernel."""
+    """Batches, heads and head dimensions fit, and are built."""
     if k != v:
         yield "attention", f"keys {list(k)} and values {list(v)} differ in shape"
     if q[0] != k[0] or q[1] % k[1] or q[3] != k[3]:
         yield "attention", f"queries {list(q)} do not fit keys {list(k)}"
     if q[3] not in HEAD_DIM:
         span = f"{HEAD_DIM.start} to {HEAD_DIM.stop - 1}"
-        yield "attention", f"a head dimension of {q[3]} has no fused kernel: {span} have"
+        tried = "RTX 1.7 has kernels for all of them that were tried"
+        yield "attention", f"a head dimension of {q[3]} is not built: {span} are ({tried})"
     if q[0] * q[1] < 2 or q[2] < 2:
         yield "attention", f"has one head or one query only: {list(q)} may have no fused kernel"
 

@@ -26,7 +26,7 @@ Reasons = Iterator[tuple[str, str]]  # (rule, reason)
 
 @dataclass(frozen=True)
 class Violation:
-    """One thing a target would refuse, or would compile into something that is not meant.
+    """One breach of our rules: what a target may refuse, or compile into what is not meant.
 
     `node` is a node of `function`, or of the main graph where that is empty; it is the name of
     the value where the fault is an input's, an output's or an initialiser's.
@@ -52,7 +52,7 @@ def operator_reasons(node: ir.Node, limits: Limits) -> Reasons:
     if node.op_type in CONTROL_FLOW and not node.domain:
         yield "control-flow", f"the types inside the branches of {node.op_type} are not proven"
         if any(inner.op_type == "Attention" for inner in nodes_inside(node)):
-            yield "attention", f"Attention inside {node.op_type} does not build"
+            yield "attention", f"Attention inside {node.op_type} was seen not to build"
     elif node.domain not in ("", "ai.onnx"):
         yield "operator", f"{node.domain}.{node.op_type} would need a plugin"
     elif node.op_type in limits.missing:

@@ -34,7 +34,10 @@ class Limits:
 
 
 TARGETS: dict[Target, Limits] = {
-    # 10.14 brought Attention; RMSNormalization and RotaryEmbedding came with 10.15, Swish with 11.
+    # 9 to 25 are those of NVIDIA's opset guide for TensorRT 11 (onnx-tensorrt's notes add 25 with
+    # 11.5), and parsed by RTX 1.7. Of 10, 23 is what we export: no source says where it ends.
+    # By onnx-tensorrt's changelog Attention came with 10.14, the oldest that is taken, and
+    # RMSNormalization and RotaryEmbedding with 10.15. Swish is of opset 24.
     "tensorrt-10": Limits(
         range(9, 24), frozenset({"RMSNormalization", "RotaryEmbedding", "Swish"})
     ),

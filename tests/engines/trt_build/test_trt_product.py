@@ -124,6 +124,18 @@ def test_the_log_keeps_the_last_messages_of_each_severity():
     assert len(seen) == KEPT_MESSAGES + 6
 
 
+def test_a_second_logger_is_warned_that_it_is_ignored_and_hears_all(rtx: Product):
+    """The reason for `shared_logger`: what is said and what is done differ."""
+    first, second = MessageLog(), MessageLog()
+    loggers = [logger_for(rtx, log) for log in (first, second)]
+    runtimes = [rtx.trt.Runtime(logger) for logger in loggers]
+    assert any("new logger is ignored" in message for message in second.warnings)
+    first.errors.clear()
+    assert runtimes[1].deserialize_cuda_engine(b"no plan" * 100) is None
+    assert second.errors
+    assert not first.errors
+
+
 def test_the_real_builder_talks_to_the_log(rtx: Product):
     log = MessageLog()
     logger = logger_for(rtx, log)

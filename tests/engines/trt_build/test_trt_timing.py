@@ -1,10 +1,11 @@
 """The timing cache, on a fake of the three calls: TensorRT for RTX measures nothing to keep.
 
-The empty one that it makes of any bytes, for want of a driver, is its own.
+The empty one that it makes of damaged bytes is its own; by its own warning its caches are no-ops.
 """
 
 import json
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,19 @@ def test_the_empty_cache_that_the_real_library_makes_is_noticed(tmp_path: Path, 
         (note,) = TimingCache(path, named=False).load(config)
         assert "damaged" in note
     assert path.read_bytes() == b"damaged" * 10
+
+
+@pytest.mark.filterwarnings("ignore:Use Deprecated:DeprecationWarning")
+def test_the_real_configuration_keeps_the_cache_alive(rtx):
+    logger = logger_for(rtx, MessageLog())
+    config = builder_for(rtx, logger).create_builder_config()
+    cache = config.create_timing_cache(b"")
+    kept = weakref.ref(cache)
+    assert config.set_timing_cache(cache, ignore_mismatch=False)
+    del cache
+    assert kept() is not None
+    del config
+    assert kept() is None
 
 
 def test_a_folder_that_is_not_there_is_said_before_building(tmp_path: Path):

@@ -255,7 +255,12 @@ class TestWeightStreaming:
             LcexportError,
             r"set_input_shape\('timestep', \(2, 3\)\) returned False",
         ),
-        ("IExecutionContext.infer_shapes", LcexportError, "infer_shapes lacks hidden_states"),
+        ("IExecutionContext.infer_shapes:lacks", LcexportError, "infer_shapes lacks hidden_states"),
+        (
+            "IExecutionContext.infer_shapes:raises",
+            LcexportError,
+            "refused to run the engine; got infer_shapes: shape inference failed",
+        ),
     ],
 )
 def test_opening_fails(open_engine, double, call, error, match):
