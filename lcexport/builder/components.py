@@ -16,9 +16,9 @@ from lcexport.builder.compile import plans_folder
 from lcexport.builder.options import BuildOptions
 from lcexport.builder.staging import DoneStage, StageOutput
 from lcexport.compare import COMPONENT_TOLERANCE, Difference, difference
-from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE
 from lcexport.configs.components import TEXT_ENCODER, Component, components_of
 from lcexport.configs.errors import IncompatibleError, VerificationError
+from lcexport.configs.presets import LATENT_CHANNELS, SPATIAL_STRIDE
 from lcexport.configs.tasks import Job
 from lcexport.engines.aoti_components import open_component
 from lcexport.engines.aoti_target import BACKEND, check_here

@@ -13,8 +13,8 @@ from lcexport.bench import run as bench_run
 from lcexport.bench.example import batches_from, example_bundles
 from lcexport.bench.run import CACHES, Options, served
 from lcexport.bench.subject import subject_from
-from lcexport.configs import preset_from
 from lcexport.configs.errors import LcexportError, UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.configs.tasks import jobs_for
 from lcexport.demo import SIBLINGS
 
