@@ -137,6 +137,19 @@ def test_an_earlier_run_of_another_size_is_refused_before_anything_is_measured(
     assert unmeasured == []
 
 
+def test_library_components_are_another_option_to_compare_by(
+    run, demo_bundle, unmeasured, tmp_path
+):
+    old = document_of(run, demo_bundle)
+    del old["options"]["library_components"]  # of a version without it
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    comparing = ("bench", demo_bundle, "--compare", tmp_path / "old.json")
+    assert run(*comparing)[0] == 0
+    code, _, err = run(*comparing, "--library-components")
+    assert code == 5
+    assert "another options; got library_components" in err
+
+
 def test_a_process_that_fails_says_why(demo_bundle, monkeypatch):
     subject = subject_from([demo_bundle], "cpu", ["eager"])
     monkeypatch.setattr(bench_run, "COMMAND", (sys.executable, "-c", "raise SystemExit('broken')"))
