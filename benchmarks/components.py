@@ -26,8 +26,8 @@ import torch
 from lcexport.builder import BuildOptions
 from lcexport.builder.components import compile_component
 from lcexport.compare import difference
-from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE, preset_from
 from lcexport.configs.components import Component, text_encoder, vae_decoder
+from lcexport.configs.presets import LATENT_CHANNELS, SPATIAL_STRIDE, preset_from
 from lcexport.demo import write_tokenizer
 from lcexport.engines.aoti_components import ComponentPackage
 from lcexport.engines.manifest import PlanRecord

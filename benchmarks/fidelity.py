@@ -21,7 +21,7 @@ from sparse_attention import sparse_model
 from torch import Tensor
 
 from lcexport.builder import BuildOptions, build
-from lcexport.configs import Preset
+from lcexport.configs.presets import Preset
 from lcexport.configs.tasks import Task
 from lcexport.demo import make_demo_checkpoint
 from lcexport.dit.sparse import Sparsity, block_sparse_attention

@@ -28,8 +28,8 @@ from typing import Any, get_args
 import torch
 
 from lcexport.checkpoint import expected_tensors, is_island, read_header
-from lcexport.configs import preset_from
 from lcexport.configs.dit import DiTConfig
+from lcexport.configs.presets import preset_from
 from lcexport.dit import Geometry
 from lcexport.engines.host import peak_rss_bytes
 from lcexport.graph import GraphSpec, onnx_from_dit, save_graph

@@ -26,8 +26,8 @@ import torch
 from tensorrt_blocks import export, write_random
 
 from lcexport.builder.compile import Unit, part_units, proposed_segments, segment_unit
-from lcexport.configs import preset_from
 from lcexport.configs.dit import DiTConfig
+from lcexport.configs.presets import preset_from
 from lcexport.engines.trt.compile import PlanReport
 from lcexport.engines.trt.network import Expectations
 from lcexport.engines.trt.options import TrtOptions

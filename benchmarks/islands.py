@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from lcexport.compare import difference
-from lcexport.configs import preset_from
+from lcexport.configs.presets import preset_from
 from lcexport.demo import make_demo_checkpoint
 from lcexport.dit import LongCatDiT, load_dit
 

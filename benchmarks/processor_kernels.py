@@ -9,7 +9,8 @@ what others do on the machine counts little. Medians, in GFLOP/s:
     torch           torch's own product, which eager torch and AOTInductor call
     oneDNN          its product over the weights as they are stored
     oneDNN packed   over weights that it has rearranged once
-    fused           torch's attention
+    fused           torch's attention, over each head's own memory
+    as projected    over heads as the projections leave them, a token's side by side
     N rows          attention as two torch products and a softmax for every N queries of a head
 """
 
@@ -62,6 +63,9 @@ def attentions() -> dict[str, Way]:
     operations = 4 * TOKENS * TOKENS * HEADS * WIDTH
     fused = partial(F.scaled_dot_product_attention, q, k, v, scale=1.0)
     ways: dict[str, Way] = {"fused": (fused, operations)}
+    between = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    as_projected = partial(F.scaled_dot_product_attention, *between, scale=1.0)
+    ways["as projected"] = (as_projected, operations)
     for rows in CHUNKS:
         ways[f"{rows} rows"] = (partial(in_chunks, q, k, v, rows), operations)
     return ways

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lcexport.builder.plan import weights_bytes
-from lcexport.configs import preset_from
 from lcexport.configs.dit import BlockSparseParams, DiTConfig
+from lcexport.configs.presets import preset_from
 from lcexport.configs.tasks import Job, jobs_for
 from lcexport.flops import job_flops
 from lcexport.runtime.schedule import refine_schedule

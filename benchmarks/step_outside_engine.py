@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 
-from lcexport.configs import Preset, preset_from
+from lcexport.configs.presets import Preset, preset_from
 from lcexport.engines import TensorSpec
 from lcexport.engines.eager import EagerEngine
 from lcexport.runtime.denoiser import Denoiser

@@ -27,8 +27,8 @@ import onnx_ir as ir
 import torch
 
 from lcexport.checkpoint import expected_tensors, is_island, read_header
-from lcexport.configs import Preset, preset_from
 from lcexport.configs.dit import DiTConfig
+from lcexport.configs.presets import Preset, preset_from
 from lcexport.dit import Geometry
 from lcexport.engines.trt.network import Expectations
 from lcexport.engines.trt.options import TrtOptions

@@ -25,8 +25,8 @@ import numpy as np
 import onnx
 from tensorrt_blocks import export, write_random
 
-from lcexport.configs import preset_from
 from lcexport.configs.dit import DiTConfig
+from lcexport.configs.presets import preset_from
 from lcexport.engines.host import peak_rss_bytes
 from lcexport.engines.trt.options import TrtOptions, configure
 from lcexport.engines.trt.product import MessageLog, builder_for, logger_for, open_product

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE
+from lcexport.configs.presets import LATENT_CHANNELS, SPATIAL_STRIDE
 from lcexport.demo import make_demo_checkpoint
 from lcexport.engines.host import peak_rss_bytes, reset_peak_rss, resident_bytes
 from lcexport.runtime.vae import VideoVAE

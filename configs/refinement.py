@@ -7,8 +7,8 @@ frames are each padded to that, whether or not attention is sparse.
 import math
 from dataclasses import dataclass
 
-from lcexport.configs import TEMPORAL_STRIDE
 from lcexport.configs.errors import UsageError
+from lcexport.configs.presets import TEMPORAL_STRIDE
 
 GROUP = 4  # latents along time, in one cube of the sparse attention
 REFINE_SCALE = 64  # what refined heights and widths divide by: 16 pixels a token, 4 tokens a cube

@@ -16,7 +16,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lcexport.configs import (
+from lcexport.configs.buckets import bucket
+from lcexport.configs.errors import UsageError
+from lcexport.configs.presets import (
     LATENT_CHANNELS,
     PATCH,
     PIXEL_MULTIPLE,
@@ -24,8 +26,6 @@ from lcexport.configs import (
     TEMPORAL_STRIDE,
     Preset,
 )
-from lcexport.configs.buckets import bucket
-from lcexport.configs.errors import UsageError
 from lcexport.configs.refinement import REFINE_SCALE, RefineShape
 
 Task = Literal[

@@ -18,16 +18,18 @@ another, which takes all of the above.
     key.0, value.0, ...     bulk    [B, A, M, D]       keys after their norm and before RoPE
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, Protocol, Self, get_args
 
-import torch
-
 from lcexport.configs.errors import IncompatibleError, UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from lcexport.engines.bundle import Bundle
 
 # Backend -> its module, which has `open_engine(backend, bundle, resolution, device, like)` and
@@ -123,7 +125,7 @@ def is_cached(name: str) -> bool:
 
 def open_engine(
     backend: str,
-    bundle: "Bundle",
+    bundle: Bundle,
     resolution: str,
     device: str = "cpu",
     like: Engine | None = None,
@@ -176,6 +178,8 @@ def device_from(name: str) -> torch.device:
     Raises:
         UsageError: no such device, or one that engines do not run on.
     """
+    import torch  # here: what only reads a manifest does without
+
     try:
         device = torch.device(name)
     except RuntimeError as error:

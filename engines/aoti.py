@@ -28,7 +28,7 @@ from lcexport.engines.trt.memory import missing_gpu, number_of
 from lcexport.engines.trt.reader import PlanFile, VerifiedPlan
 from lcexport.engines.trt.rebuild import rebuild_command
 from lcexport.engines.trt.steps import Step, wire
-from lcexport.engines.weights import SharedWeights, shared_weights
+from lcexport.engines.weights import SharedWeights, shared_weights, will_need
 
 MODEL = "model"  # what torch calls the one model of a package
 
@@ -102,7 +102,10 @@ class AotiEngine:
                 spec.check(tensors[spec.name], self.device)
         alive = {spec.name: inputs[spec.name] for spec in self.inputs}
         with torch.inference_mode(), placed(self.device):
-            for call in self._calls:
+            for index, call in enumerate(self._calls):
+                if self.device.type == "cpu":  # the next call's are read while this one computes
+                    for following in self._calls[index + 1 : index + 2]:
+                        will_need(following.weights)
                 given = [*(alive[name] for name in call.inputs), *call.weights]
                 made = self._loaders[call.package].run(given)
                 alive |= zip(call.outputs, made, strict=True)

@@ -73,8 +73,8 @@ class ComponentPackage:
             raise UsageError("the compiled component is closed")
         for spec, tensor in zip(self._inputs, tensors, strict=True):
             spec.check(tensor, self._device)
-        there = dict(model.named_parameters())
-        weights = [there[spec.name].detach().contiguous() for spec in self._weights]
+        parameters = (model.get_parameter(spec.name) for spec in self._weights)
+        weights = [parameter.detach().contiguous() for parameter in parameters]
         with torch.no_grad(), placed(self._device):
             made = self._loader.run([*tensors, *weights])
         # The compiler drops copies, and what comes out may be a part of a larger tensor: the next

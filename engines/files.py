@@ -7,20 +7,19 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from io import RawIOBase
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from lcexport.configs.errors import LcexportError, ResourceError
-
-CHUNK_BYTES = 8 << 20
+from lcexport.engines.disk import CHUNK_BYTES, LargeFile, chunks_of, read_ahead
 
 
 @contextmanager
-def new_file(path: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
+def new_file(path: Path, *, replace: bool = False, large: bool = False) -> Iterator[BinaryIO]:
     """Open `path` for writing; it appears, complete and synced, when the block ends well.
+
+    A `large` one is written past the system's cache, and has to be written front to back.
 
     Raises:
         ResourceError: the file exists (unless `replace`), the disk is full, or no permission.
@@ -30,8 +29,8 @@ def new_file(path: Path, *, replace: bool = False) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with resource_errors(path):
         try:
-            with temporary.open("wb") as file:
-                yield file
+            with LargeFile(temporary) if large else temporary.open("wb") as file:
+                yield cast(BinaryIO, file)  # the stubs derive files from two families
                 file.flush()
                 os.fsync(file.fileno())
             if replace:
@@ -81,24 +80,12 @@ def sync_folder(folder: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, in bounded memory; of a large one, a thread reads ahead."""
-    with path.open("rb", buffering=0) as file:
-        if path.stat().st_size <= CHUNK_BYTES:
-            return hashlib.sha256(file.read()).hexdigest()
-        digest = hashlib.sha256()
-        for chunk in read_ahead(file):
-            digest.update(chunk)
-        return digest.hexdigest()
-
-
-def read_ahead(file: RawIOBase) -> Iterator[memoryview]:
-    """A file's bytes in order; a chunk's memory is used again after the next one was taken."""
-    chunks = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(2)]
-    with ThreadPoolExecutor(1, "reading") as reader:
-        reading = reader.submit(file.readinto, chunks[0])
-        while count := reading.result():
-            chunks.reverse()  # what was read is the last now
-            reading = reader.submit(file.readinto, chunks[0])
-            yield chunks[1][:count]
+    if path.stat().st_size <= CHUNK_BYTES:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for data in read_ahead(chunks_of(path)):
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def already_there(path: Path) -> LcexportError:

@@ -13,9 +13,9 @@ from pydantic import (
     model_validator,
 )
 
-from lcexport.configs import Preset
 from lcexport.configs.components import Component
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
+from lcexport.configs.presets import Preset
 from lcexport.configs.tasks import Job
 
 SCHEMA_VERSION = 1

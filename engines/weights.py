@@ -1,20 +1,21 @@
 """The bundle's weights on a device, for engines that are handed them."""
 
-import json
+import ctypes
 import mmap
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from lcexport.configs.errors import IntegrityError
+from lcexport.configs.errors import InputError, IntegrityError
 from lcexport.engines.bundle import Bundle
+from lcexport.engines.header import read_header
 from lcexport.engines.manifest import WEIGHTS, EngineRecord
 
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.12 on
-LENGTH_BYTES = 8  # of the header, in front of it
+ADVICE_BYTES = 1 << 20  # of one request to read: systems cut larger ones short
 TORCH_DTYPES = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8
 }  # fmt: skip
@@ -66,22 +67,31 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
         IntegrityError: the file is not one of weights.
     """
     try:
+        header = read_header(path)
+        flags, access = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-            entries = json.loads(file.read(min(length, path.stat().st_size)))
-            flags, access = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
             data = mmap.mmap(file.fileno(), 0, flags, access)
-        entries.pop("__metadata__", None)
         return {
             name: torch.frombuffer(
-                data,
-                dtype=TORCH_DTYPES[entry["dtype"]],
-                count=torch.Size(entry["shape"]).numel(),
-                offset=LENGTH_BYTES + length + entry["data_offsets"][0],
-            ).view(entry["shape"])
-            for name, entry in entries.items()
+                data, dtype=TORCH_DTYPES[info.dtype], count=info.count, offset=info.start
+            ).view(info.shape)
+            for name, info in header.tensors.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (InputError, ValueError, KeyError) as error:
         raise IntegrityError(
             f"{path} is not a file of weights", got=error, do="Copy the bundle again."
         ) from error
+
+
+def will_need(weights: Iterable[torch.Tensor]) -> None:
+    """Have the system read mapped tensors before they are touched, many requests at a time.
+
+    It returns at once. Without it a pass over weights that are not in memory waits for page after
+    page. It is advice: of tensors that are no mapped file nothing is read, and nothing fails.
+    """
+    advise = ctypes.CDLL(None).madvise  # Python's own wants the mapping, and not its tensors
+    for weight in weights:
+        end = weight.data_ptr() + weight.nbytes
+        for start in range(weight.data_ptr() & -mmap.PAGESIZE, end, ADVICE_BYTES):
+            size = min(ADVICE_BYTES, end - start)
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_WILLNEED)

@@ -3,10 +3,10 @@
 Importing this package costs nothing: it pulls in neither torch nor the exporter.
 """
 
-from importlib.metadata import version as _version
-
 
 def __getattr__(name: str) -> str:
     if name == "__version__":
-        return _version("lcexport")
+        from importlib.metadata import version  # a tenth of the time that --help takes
+
+        return version("lcexport")
     raise AttributeError(f"module 'lcexport' has no attribute {name!r}")

@@ -6,8 +6,8 @@ Norms, RoPE, softmax and other element-wise work are left out: at 480p they are 
 import math
 from dataclasses import dataclass, replace
 
-from lcexport.configs import PATCH
 from lcexport.configs.dit import DiTConfig
+from lcexport.configs.presets import PATCH
 from lcexport.configs.tasks import Job
 from lcexport.dit.sparse import Grid, Sparsity, cuts, job_sparsity
 

@@ -12,9 +12,9 @@ from itertools import chain
 
 import torch
 
-from lcexport.configs import SPATIAL_STRIDE, Preset
 from lcexport.configs.components import VAE_DECODER, components_of, text_encoder
 from lcexport.configs.errors import IntegrityError, UsageError
+from lcexport.configs.presets import SPATIAL_STRIDE, Preset
 from lcexport.configs.tasks import CONTINUATIONS, Task
 from lcexport.engines import Engine, open_engine
 from lcexport.engines.bundle import Bundle

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from lcexport.configs import SPATIAL_STRIDE
 from lcexport.configs.components import Component, vae_decoder
+from lcexport.configs.presets import SPATIAL_STRIDE
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan

@@ -5,8 +5,8 @@ from typing import Literal, TypedDict
 
 import torch
 
-from lcexport.configs import Preset
 from lcexport.configs.errors import UsageError
+from lcexport.configs.presets import Preset
 from lcexport.configs.tasks import Task
 from lcexport.engines.manifest import WEIGHTS, GraphRecord
 from lcexport.runtime.cache import KeyValueCache, make_cache

@@ -8,8 +8,8 @@ from typing import Literal, Self, Unpack, overload
 
 import torch
 
-from lcexport.configs import LATENT_CHANNELS
 from lcexport.configs.errors import UsageError
+from lcexport.configs.presets import LATENT_CHANNELS
 from lcexport.configs.tasks import Task
 from lcexport.engines import Engine
 from lcexport.engines.bundle import Bundle, open_bundle

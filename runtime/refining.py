@@ -10,8 +10,8 @@ from typing import Literal, TypedDict
 
 import torch
 
-from lcexport.configs import TEMPORAL_STRIDE
 from lcexport.configs.errors import UsageError
+from lcexport.configs.presets import TEMPORAL_STRIDE
 from lcexport.configs.refinement import GROUP, RefineShape
 from lcexport.configs.tasks import Job, Task, refine_task
 from lcexport.engines.bundle import Bundle

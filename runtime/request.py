@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lcexport.configs import Preset
 from lcexport.configs.errors import UsageError
+from lcexport.configs.presets import Preset
 from lcexport.configs.tasks import CONTINUATIONS, Task
 from lcexport.runtime.conditioning import check_latents
 from lcexport.runtime.schedule import (

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lcexport.configs.errors import InputError, UsageError, VerificationError
+from lcexport.configs.presets import LATENT_CHANNELS, SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lcexport.runtime.decoding import Packages, decoded
 from lcexport.runtime.loading import (
     DOWNLOAD_AGAIN,

@@ -23,7 +23,7 @@ from lcexport.builder import BuildOptions, aoti, aoti_worker, build
 from lcexport.builder.aoti_worker import compile_package
 from lcexport.checkpoint import open_checkpoint, read_header, write_native
 from lcexport.cli.app import app
-from lcexport.configs import preset_from
+from lcexport.configs.presets import preset_from
 from lcexport.demo import make_demo_checkpoint
 from lcexport.dit import Geometry
 from lcexport.graph import GraphSpec, onnx_from_dit, save_graph

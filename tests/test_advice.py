@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from lcexport.builder import BuildOptions
-from lcexport.configs import preset_from
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.configs.tasks import TASKS, build_words
 from lcexport.engines.bundle import Bundle
 from lcexport.engines.manifest import DIT_CONFIG, GraphRecord, read_manifest

@@ -10,8 +10,8 @@ from PIL import Image
 
 from lcexport.builder import BuildOptions, build
 from lcexport.cli.given import graph_for, joined, read_source
-from lcexport.configs import preset_from
 from lcexport.configs.errors import UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.engines.bundle import open_bundle
 from lcexport.runtime import Pipeline, Video
 from lcexport.runtime.media import read_image, read_video, resize_frames_bicubic

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lcexport.configs import preset_from
 from lcexport.configs.dit import DiTConfig
+from lcexport.configs.presets import preset_from
 from lcexport.dit.sparse import Sparsity
 from lcexport.flops import forward_flops, share_saved, sparse_flops
 

@@ -25,7 +25,8 @@ FORBIDDEN = ["/" + folder + "/" for folder in ("work", "root", "tmp/w")]
 
 def project_files() -> list[Path]:
     """Every text file of the project, links not followed."""
-    found = [path for path in ROOT.iterdir() if path.is_file()]
+    # `.git` is a file in a second working tree
+    found = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
     for folder in FOLDERS:
         found += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
     inside_links = tuple(ROOT / "lcexport" / link for link in LINKS)
@@ -127,3 +128,19 @@ def test_no_file_names_a_folder_of_somebodys_machine():
         if re.search(rf"(?<![\w.}}-]){re.escape(word)}", path.read_text("utf-8", errors="replace"))
     ]
     assert named == []
+
+
+@pytest.mark.parametrize(
+    ("command", "heavy"), [("--help", {"pydantic"}), ("inspect", set()), ("inspect --json", set())]
+)
+def test_a_command_loads_no_library_that_it_has_no_use_for(command, heavy, demo_bundle):
+    """Before a word is printed torch takes seconds to load, pydantic a tenth of one."""
+    heavy = heavy | {"torch", "numpy", "onnx", "onnx_ir", "transformers", "diffusers", "PIL"}
+    words = [*command.split(), *([str(demo_bundle)] if "inspect" in command else [])]
+    code = (
+        f"import atexit, sys; sys.argv = ['lcexport', *{words!r}];"
+        f"atexit.register(lambda: print(sorted({heavy!r} & set(sys.modules)), file=sys.stderr));"
+        "from lcexport.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "[]\n")

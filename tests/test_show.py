@@ -9,7 +9,7 @@ import pytest
 
 from lcexport.builder import make_plan, open_source
 from lcexport.checkpoint import convert, validate
-from lcexport.configs import preset_from
+from lcexport.configs.presets import preset_from
 from lcexport.engines.bundle import Bundle
 from lcexport.engines.manifest import read_manifest
 from lcexport.qualify.claims import Claim, Result

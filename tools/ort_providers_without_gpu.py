@@ -131,7 +131,7 @@ def compile_stand_in(folder: Path, library: str, symbols: set[str]) -> None:
 def make_bundle(folder: Path) -> None:
     """The demo checkpoint's bf16 graph, and models around one and two files that are no plans."""
     from lcexport.builder import BuildOptions, build
-    from lcexport.configs import preset_from
+    from lcexport.configs.presets import preset_from
     from lcexport.demo import make_demo_checkpoint
     from lcexport.engines.manifest import EngineRecord, PlanRecord, TensorRecord
 

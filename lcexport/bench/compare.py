@@ -92,7 +92,7 @@ def check_comparable(old: Document, new: Document) -> None:
     """
     for part in ("device", "subject", "options"):
         for name, value in new[part].items():
-            if old[part].get(name) != value:
+            if old[part].get(name, False) != value:  # what nobody could ask for was not asked for
                 raise IncompatibleError(
                     f"the earlier run is of another {part}",
                     got=f"{name} {old[part].get(name)}",

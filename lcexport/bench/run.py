@@ -29,11 +29,14 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How much is measured: `steps` guided steps in each of `repeats` rounds, whole `requests`."""
+    """How much is measured: `steps` guided steps in each of `repeats` rounds, whole `requests`;
+    and whether text encoder and VAE are the library's where the bundle has compiled ones.
+    """
 
     steps: int = 2
     repeats: int = 5
     requests: int = 2
+    library_components: bool = False
 
     def __post_init__(self) -> None:
         bounds = {
@@ -144,6 +147,7 @@ def served(contestant: Contestant, subject: Subject, options: Options) -> dict[s
         "steps": options.steps,
         "repeats": options.repeats,
         "requests": options.requests,
+        "library_components": options.library_components,
         "started": time.monotonic(),
     }
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:

@@ -37,6 +37,7 @@ def serve(
     repeats: int,
     requests: int,
     started: float,
+    library_components: bool = False,
 ) -> dict[str, object]:
     """Figures of one contestant in seconds and bytes.
 
@@ -45,12 +46,13 @@ def serve(
         repeats: how often each stage is run.
         requests: whole ones, back to back, after the first.
         started: `time.monotonic()`, one clock for all processes, before this one was.
+        library_components: text encoder and VAE by the library, whatever was compiled.
     """
     where = torch.device(device)
     free_at_start = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else 0
     begin = time.monotonic()
     texts = prompts()
-    with opened(folder, resolution, task, backend, device) as pipe:
+    with opened(folder, resolution, task, backend, device, not library_components) as pipe:
         loaded = time.monotonic()
         stepped: list[float] = []
         request(pipe, next(texts), task, steps, lambda event: stepped.append(time.monotonic()))
@@ -73,10 +75,15 @@ def serve(
     return got
 
 
-def opened(folder: str, resolution: str, task: Task, backend: str, device: str) -> Pipeline:
+def opened(
+    folder: str, resolution: str, task: Task, backend: str, device: str, compiled_components: bool
+) -> Pipeline:
     """The pipeline, its engine for the task open."""
     if backend != "compile":
-        return load(folder, resolution, backend, device, tasks=[task])
+        return load(
+            folder, resolution, backend, device, tasks=[task],
+            compiled_components=compiled_components,
+        )  # fmt: skip
     from lcexport.bench.compiled import compiled
 
     pipe = load(folder, resolution, "eager", device, tasks=[task])

@@ -16,10 +16,11 @@ from lcexport.builder.compile import plans_folder
 from lcexport.builder.options import BuildOptions
 from lcexport.builder.staging import DoneStage, StageOutput
 from lcexport.compare import COMPONENT_TOLERANCE, Difference, difference
-from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE
 from lcexport.configs.components import TEXT_ENCODER, Component, components_of
 from lcexport.configs.errors import IncompatibleError, VerificationError
+from lcexport.configs.presets import LATENT_CHANNELS, SPATIAL_STRIDE
 from lcexport.configs.tasks import Job
+from lcexport.engines.aoti import placed
 from lcexport.engines.aoti_components import open_component
 from lcexport.engines.aoti_target import BACKEND, check_here
 from lcexport.engines.bundle import Bundle
@@ -139,6 +140,8 @@ def component_errors(
     """
     component, dtype = record.component, BULK[bundle.manifest.precision]
     with ExitStack() as stack:
+        # the library too computes float32 in float32, as packages do
+        stack.enter_context(placed(torch.device(device)))
         packages = open_component(bundle, record, torch.device(device))
         for package in packages:
             stack.callback(package.close)

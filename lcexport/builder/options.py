@@ -8,9 +8,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lcexport.configs import PIXEL_MULTIPLE, Preset, preset_from
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import UsageError
+from lcexport.configs.presets import PIXEL_MULTIPLE, Preset, preset_from
 from lcexport.configs.tasks import COND_FRAMES, Job, Task, jobs_for, task_from
 from lcexport.engines import COMPILED, TENSORRT, Compiled, TensorRT, backend_module
 from lcexport.engines.manifest import Islands, Precision, WeightsDtype

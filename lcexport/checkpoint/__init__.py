@@ -1,6 +1,5 @@
 """Checkpoints: find them, check them, read them in bounded memory, convert them.
 
-header      the safetensors header, checked before anything else is read
 names       the one table of tensor names, original and native
 shards      one file, or shards and their index
 int8        quantised weights: names and arithmetic
@@ -22,7 +21,6 @@ from lcexport.checkpoint.compare import check_same
 from lcexport.checkpoint.components import check_components
 from lcexport.checkpoint.convert import ConvertReport, convert
 from lcexport.checkpoint.folders import copy_folder
-from lcexport.checkpoint.header import Header, TensorInfo, read_header
 from lcexport.checkpoint.int8 import dequantised, int8_names
 from lcexport.checkpoint.layout import (
     Checkpoint,
@@ -37,6 +35,7 @@ from lcexport.checkpoint.scan import Progress, ScanReport, scan_tensors, tensors
 from lcexport.checkpoint.stream import Deltas, WriteReport, write_native, write_original
 from lcexport.checkpoint.targets import Bulk, Islands
 from lcexport.checkpoint.validate import ValidationReport, validate
+from lcexport.engines.header import Header, TensorInfo, read_header
 
 __all__ = [
     "Bulk",

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcexport.checkpoint.header import TensorInfo
 from lcexport.checkpoint.int8 import DTYPES, stored_tensors
 from lcexport.checkpoint.names import Naming, depth_of
 from lcexport.checkpoint.shards import some
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import InputError
+from lcexport.engines.header import TensorInfo
 
 if TYPE_CHECKING:
     from lcexport.checkpoint.layout import Checkpoint

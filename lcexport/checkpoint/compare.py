@@ -7,13 +7,14 @@ import numpy as np
 
 from lcexport.checkpoint.int8 import int8_names
 from lcexport.checkpoint.layout import Checkpoint, Piece
-from lcexport.checkpoint.reading import Chunk, read_chunks
+from lcexport.checkpoint.reading import Chunk, one_thread, read_chunks
 from lcexport.checkpoint.scan import Progress
 from lcexport.checkpoint.stream import contents
 from lcexport.checkpoint.targets import Bulk, Islands, Target, native_targets
 from lcexport.configs.errors import VerificationError
 
 
+@one_thread()
 def check_same(
     source: Checkpoint,
     written: Checkpoint,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from lcexport.checkpoint.checks import dtype_problems, missing_problems, shape_problems
 from lcexport.checkpoint.folders import component_files
-from lcexport.checkpoint.header import read_header
 from lcexport.checkpoint.layout import Checkpoint
 from lcexport.checkpoint.shards import Weights, read_weights
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import InputError
+from lcexport.engines.header import read_header
 from lcexport.engines.manifest import COMPONENTS
 from lcexport.runtime.checks import read_shift
 from lcexport.runtime.loading import DOWNLOAD_AGAIN

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lcexport.checkpoint.header import read_header, strict_json
 from lcexport.checkpoint.layout import whole
 from lcexport.checkpoint.names import Naming
-from lcexport.checkpoint.reading import TORCH_DTYPES, read_chunks
+from lcexport.checkpoint.reading import TORCH_DTYPES, one_thread, read_chunks
 from lcexport.checkpoint.scan import check_finite
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import InputError
-from lcexport.engines.files import CHUNK_BYTES, new_file, resource_errors, write_bytes
+from lcexport.engines.disk import LARGE_BYTES, chunks_of, read_ahead
+from lcexport.engines.files import new_file, resource_errors, write_bytes
+from lcexport.engines.header import read_header, strict_json
 from lcexport.engines.manifest import FileRecord
 
 CLASS_NAMES: dict[Naming, str] = {
@@ -72,6 +73,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_bytes(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+@one_thread()
 def copy_folder(source: Path, target: Path) -> dict[str, FileRecord]:
     """Copy a component's files, digest them and look for NaN in its weights, all in one pass.
 
@@ -118,7 +120,7 @@ def component_files(folder: Path) -> list[Path]:
 
 def _copy_file(source: Path, target: Path) -> FileRecord:
     digest, size = hashlib.sha256(), 0
-    with new_file(target) as writer:
+    with new_file(target, large=source.stat().st_size >= LARGE_BYTES) as writer:
         for data in _content(source):
             digest.update(data)
             size += writer.write(data)
@@ -130,14 +132,15 @@ def _content(path: Path) -> Iterator[bytes | memoryview]:
     """A file's bytes in order, each valid until the next; weights are looked at on the way."""
     weights = read_header(path) if path.suffix == ".safetensors" else None
     try:
+        if weights is None:
+            yield from read_ahead(chunks_of(path))
+            return
         with path.open("rb") as file:
-            yield file.read(weights.data_start if weights else CHUNK_BYTES)
-            while not weights and (data := file.read(CHUNK_BYTES)):
-                yield data
+            yield file.read(weights.data_start)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     # The header was checked: the tensors tile the rest of the file without a gap.
-    for chunk in read_chunks(map(whole, weights.tensors.values() if weights else ())):
+    for chunk in read_chunks(map(whole, weights.tensors.values())):
         if len(chunk.data) and chunk.source.dtype in TORCH_DTYPES:
             check_finite(chunk.values(), chunk.source, TORCH_DTYPES[chunk.source.dtype])
         yield chunk.data

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Literal
 
 from lcexport.checkpoint.checks import check_tensors
-from lcexport.checkpoint.header import TensorInfo, read_header
 from lcexport.checkpoint.int8 import int8_names
 from lcexport.checkpoint.names import Naming, name_pairs, naming_of
 from lcexport.checkpoint.shards import Weights, read_weights
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import InputError
+from lcexport.engines.header import TensorInfo, read_header
 from lcexport.engines.manifest import COMPONENTS
 
 log = logging.getLogger(__name__)

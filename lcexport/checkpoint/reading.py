@@ -1,27 +1,22 @@
 """Read byte ranges of weight files: chunk by chunk with one chunk read ahead, or one tensor whole.
 
-Memory is a few chunks whatever the size of the checkpoint. Pages already read are handed back to
-the system, so that streaming 54 GB does not push everything else out of the page cache.
+Memory is a few chunks whatever the size of the checkpoint.
 """
 
-import os
-import queue
-import threading
 from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
-from lcexport.checkpoint.header import DTYPE_BYTES, TensorInfo
 from lcexport.checkpoint.int8 import check_scale, dequantise
 from lcexport.checkpoint.layout import Piece
 from lcexport.configs.errors import InputError
+from lcexport.engines.disk import ByteRange, read_ahead
+from lcexport.engines.header import DTYPE_BYTES, TensorInfo
 from lcexport.engines.weights import TORCH_DTYPES
 
 CHUNK_ELEMENTS = 2 << 20  # 8 MiB of F32: large enough for the disk, small enough for any machine
-BUFFERS = 3  # one being read, one waiting, one in use
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,11 @@ def read_tensor(piece: Piece) -> torch.Tensor:
         raise InputError(f"tensor {piece.source.name!r}: unsupported dtype", got=piece.dtype)
     count = (piece.end - piece.start) // DTYPE_BYTES[piece.dtype]
     flat = torch.empty(count, dtype=TORCH_DTYPES[piece.dtype])
-    with _open(piece.source.path) as file:
-        _fill(file, piece.start, flat.view(torch.uint8).numpy().data, piece.source)
+    data = flat.view(torch.uint8).numpy().data
+    with _reading(piece.source), piece.source.path.open("rb") as file:
+        file.seek(piece.start)
+        count = file.readinto(data)
+    _check_whole(data[:count], len(data), piece.source)
     values = flat.reshape(piece.shape)
     return values if piece.scale is None else dequantise(values, read_scale(piece.scale))
 
@@ -81,6 +79,21 @@ def read_scale(piece: Piece) -> torch.Tensor:
     return scale
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The arithmetic on chunks is one thread's, beside those that read, digest and write.
+
+    More would wait for each other, and wait actively: where these threads have work for all
+    processors, rounding a chunk takes them twenty times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def read_chunks(pieces: Iterable[Piece], *, whole_rows: bool = False) -> Iterator[Chunk]:
     """Yield the pieces' bytes in order, in chunks of at most CHUNK_ELEMENTS elements.
 
@@ -93,28 +106,14 @@ def read_chunks(pieces: Iterable[Piece], *, whole_rows: bool = False) -> Iterato
     Raises:
         InputError: a file ended early or cannot be read.
     """
-    free: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
-    ready: queue.SimpleQueue[tuple[_Part, bytearray] | BaseException | None] = queue.SimpleQueue()
-    for _ in range(BUFFERS):
-        free.put(bytearray())
-    thread = threading.Thread(
-        target=_read_ahead,
-        args=(list(_parts(pieces, whole_rows)), free, ready),
-        name="weights",
-        daemon=True,
-    )
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            part, buffer = item
-            data = memoryview(buffer)[: part.end - part.start]
+    parts = list(_parts(pieces, whole_rows))
+    ranges = (ByteRange(part.source.path, part.start, part.end) for part in parts)
+    with closing(read_ahead(ranges)) as contents:
+        for part in parts:
+            with _reading(part.source):
+                data = next(contents)
+            _check_whole(data, part.end - part.start, part.source)
             yield Chunk(part.piece, part.source, part.first, data, part.last)
-            free.put(buffer)
-    finally:
-        free.put(None)
-        thread.join()
 
 
 def _parts(pieces: Iterable[Piece], whole_rows: bool) -> Iterator[_Part]:
@@ -130,56 +129,16 @@ def _parts(pieces: Iterable[Piece], whole_rows: bool) -> Iterator[_Part]:
         yield _Part(index, piece.source, first, start, piece.end, last=True)
 
 
-def _read_ahead(parts: list[_Part], free: queue.SimpleQueue, ready: queue.SimpleQueue) -> None:
-    """The reading thread: fill free buffers until the parts are done or a None says stop."""
-    path, file = None, None
+@contextmanager
+def _reading(source: TensorInfo) -> Iterator[None]:
     try:
-        for part in parts:
-            buffer = free.get()
-            if buffer is None:
-                return
-            if part.source.path != path or file is None:
-                if file:
-                    file.close()
-                path, file = part.source.path, _open(part.source.path)
-            length = part.end - part.start
-            if len(buffer) < length:
-                buffer = bytearray(length)
-            _fill(file, part.start, memoryview(buffer)[:length], part.source)
-            _forget(file, part.start, length)
-            ready.put((part, buffer))
-        ready.put(None)
-    except BaseException as error:  # handed to the reader of the chunks, who raises it
-        ready.put(error)
-    finally:
-        if file:
-            file.close()
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb", buffering=0)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _fill(file: BinaryIO, start: int, view: memoryview, source: TensorInfo) -> None:
-    try:
-        file.seek(start)
-        done = 0
-        while done < len(view):
-            count = file.readinto(view[done:])  # pyright: ignore[reportAttributeAccessIssue]
-            if not count:
-                raise InputError(
-                    f"{source.path} became shorter while tensor {source.name!r} was read"
-                )
-            done += count
+        yield
     except OSError as error:
         raise InputError(
             f"{source.path} cannot be read at tensor {source.name!r}: {error.strerror}"
         ) from error
 
 
-def _forget(file: BinaryIO, start: int, length: int) -> None:
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
+def _check_whole(data: memoryview, wanted: int, source: TensorInfo) -> None:
+    if len(data) != wanted:
+        raise InputError(f"{source.path} became shorter while tensor {source.name!r} was read")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from lcexport.checkpoint.header import TensorInfo
 from lcexport.checkpoint.int8 import DTYPES, SCALE
 from lcexport.checkpoint.layout import whole
-from lcexport.checkpoint.reading import TORCH_DTYPES, Chunk, read_chunks, read_scale
+from lcexport.checkpoint.reading import TORCH_DTYPES, Chunk, one_thread, read_chunks, read_scale
 from lcexport.configs.errors import InputError
+from lcexport.engines.header import TensorInfo
 
 Progress = Callable[[int, int], None]
 """Called with the source bytes done and the total, after each chunk. It may raise to stop."""
@@ -100,6 +100,7 @@ class ScanReport:
     tensors_sha256: str
 
 
+@one_thread()
 def scan_tensors(
     tensors: Iterable[TensorInfo], *, on_progress: Progress | None = None
 ) -> ScanReport:

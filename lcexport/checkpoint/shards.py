@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lcexport.checkpoint.header import MAX_HEADER_BYTES, TensorInfo, read_header, strict_json
 from lcexport.configs.errors import InputError
+from lcexport.engines.header import MAX_HEADER_BYTES, TensorInfo, read_header, strict_json
 
 INDEX_ENDING = ".safetensors.index.json"
 # when a folder holds several sets of weights

@@ -1,7 +1,8 @@
 """Write a checkpoint's weights as one safetensors file, in one pass and in bounded memory.
 
 The file is written front to back, so that its digest, and the digest of every source tensor, come
-out on the way. One thread reads ahead, this one checks and rounds, one writes and one digests.
+out on the way. Threads read ahead, digest what was read, write, and digest what is written, while
+this one checks and rounds.
 Data starts at a multiple of 4096 bytes and every tensor whose size is a multiple of 256 bytes
 starts at one: such a file can be mapped and handed to a GPU runtime as it is.
 """
@@ -18,10 +19,9 @@ from typing import BinaryIO, Protocol, Self
 
 import torch
 
-from lcexport.checkpoint.header import LENGTH_BYTES, TensorInfo
 from lcexport.checkpoint.int8 import dequantise, quantise
 from lcexport.checkpoint.layout import Checkpoint, Piece, whole
-from lcexport.checkpoint.reading import TORCH_DTYPES, Chunk, read_chunks, read_scale
+from lcexport.checkpoint.reading import TORCH_DTYPES, Chunk, one_thread, read_chunks, read_scale
 from lcexport.checkpoint.scan import (
     Progress,
     SourceDigests,
@@ -38,6 +38,7 @@ from lcexport.checkpoint.targets import (
 )
 from lcexport.configs.errors import InputError, ResourceError, UsageError
 from lcexport.engines.files import new_file
+from lcexport.engines.header import LENGTH_BYTES, TensorInfo
 from lcexport.engines.manifest import WeightsDtype
 
 PAGE_BYTES = 4096
@@ -149,7 +150,7 @@ def _write(
     header, tensors = _layout(targets, path, metadata)
     size = len(header) + sum(target.bytes for target in targets)
     _check_space(path, size)
-    with new_file(path) as file, _Writer(file) as writer:
+    with one_thread(), new_file(path, large=True) as file, _Writer(file) as writer:
         writer.put(header)
         digests = SourceDigests()
         total = sum(piece.end - piece.start for target in targets for piece in target.ranges)
@@ -186,6 +187,8 @@ def contents(
         deltas: what is added to the values.
     """
     chunks = read_chunks((p for target in targets for p in target.ranges), whole_rows=True)
+    if digests:
+        chunks = _digested(chunks, digests)
     found: dict[str, list[torch.Tensor]] = {}  # the scales of what was quantised on the way
     for target in targets:
         if not target.ranges:
@@ -194,8 +197,6 @@ def contents(
         for piece in target.ranges:
             scale = None if piece.scale is None else read_scale(piece.scale)
             for chunk in _until_last(chunks):
-                if digests:
-                    digests.add(chunk)
                 values = _values(chunk, piece, scale)
                 if scan:
                     check_finite(values, chunk.source, target.narrowest)
@@ -208,6 +209,15 @@ def contents(
                 else:
                     values = target.cast(values)
                 yield target, _raw(values), len(chunk.data)
+
+
+def _digested(chunks: Iterator[Chunk], digests: SourceDigests) -> Iterator[Chunk]:
+    """The chunks, digested by a thread while they are in use."""
+    with ThreadPoolExecutor(1, "digesting the source") as thread:
+        for chunk in chunks:
+            done = thread.submit(digests.add, chunk)
+            yield chunk
+            done.result()
 
 
 def _until_last(chunks: Iterator[Chunk]) -> Iterator[Chunk]:

@@ -14,12 +14,12 @@ from typing import Literal, get_args
 import torch
 
 from lcexport.checkpoint.checks import check_tensors
-from lcexport.checkpoint.header import DTYPE_BYTES
 from lcexport.checkpoint.int8 import INT8, SCALE, int8_names
 from lcexport.checkpoint.layout import Checkpoint, Piece
 from lcexport.checkpoint.names import Pair, is_island, name_pairs
 from lcexport.checkpoint.reading import TORCH_DTYPES
 from lcexport.configs.errors import InputError, UsageError
+from lcexport.engines.header import DTYPE_BYTES
 from lcexport.engines.manifest import Islands, WeightsDtype
 
 Bulk = Literal["keep", "bf16", "fp32", "int8"]

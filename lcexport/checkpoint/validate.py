@@ -7,13 +7,13 @@ from pathlib import Path
 
 from lcexport.checkpoint.checks import tensor_problems
 from lcexport.checkpoint.components import component_errors, component_weights
-from lcexport.checkpoint.header import TensorInfo
 from lcexport.checkpoint.int8 import SCALE, stored_tensors
 from lcexport.checkpoint.layout import Layout, Survey, survey
 from lcexport.checkpoint.names import Naming
 from lcexport.checkpoint.scan import Progress, ScanReport, check_scales, scan_tensors
 from lcexport.checkpoint.shards import some
 from lcexport.configs.errors import InputError
+from lcexport.engines.header import TensorInfo
 from lcexport.engines.manifest import COMPONENTS
 
 DIT = "DiT"

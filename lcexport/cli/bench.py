@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lcexport.cli.app import DeviceOption, JsonOption, app, names, progress_bars
+from lcexport.cli.output import LibraryOption
 from lcexport.configs.errors import RegressionError, UsageError
 
 BundlesArgument = Annotated[
@@ -52,6 +53,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Rounds, and repetitions of each stage.")] = 5,
     requests: Annotated[int, typer.Option(help="Whole videos back to back, per backend.")] = 2,
     plot: PlotOption = None,
+    library_components: LibraryOption = False,
     compare: CompareOption = None,
     max_regression: LimitOption = None,
     as_json: JsonOption = False,
@@ -70,7 +72,7 @@ def bench(
         raise UsageError("--batch is of --demo: a bundle's is fixed", got=batch)
     if demo and (res or task != "t2v"):
         raise UsageError("--demo has one size and one task", do="Leave --res and --task out.")
-    options = Options(steps, repeats, requests)
+    options = Options(steps, repeats, requests, library_components)
     outputs = outputs_from(plot, compare, max_regression)
     backends = names(backend)
     check_names(backends or ())

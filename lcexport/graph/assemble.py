@@ -12,11 +12,11 @@ import onnx_ir as ir
 import torch
 
 from lcexport.checkpoint import is_island
-from lcexport.checkpoint.header import TensorInfo
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import BuildError
 from lcexport.engines import cache_names
 from lcexport.engines.files import write_bytes
+from lcexport.engines.header import TensorInfo
 from lcexport.graph.int8 import has_int8, with_int8_weights
 from lcexport.graph.sparse import sparse_functions
 from lcexport.graph.trace import (

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
-from lcexport.configs import LATENT_CHANNELS, SPATIAL_STRIDE
 from lcexport.configs.components import TEXT_ENCODER, Component
 from lcexport.configs.errors import IncompatibleError
+from lcexport.configs.presets import LATENT_CHANNELS, SPATIAL_STRIDE
 from lcexport.engines.manifest import PlanRecord, TensorRecord
 from lcexport.graph.exporter import quiet_exporter
 from lcexport.graph.programs import Program

@@ -1,8 +1,14 @@
 """A plan, and a bundle that was just built."""
 
-from lcexport.builder import Plan
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from lcexport.engines.bundle import Bundle
 from lcexport.show.console import amount, out, show_fact, show_text, table
+
+if TYPE_CHECKING:
+    from lcexport.builder import Plan
 
 
 def show_plan(plan: Plan) -> None:

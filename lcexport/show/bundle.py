@@ -1,21 +1,26 @@
 """A finished bundle: what it holds, what its checks found, what it made."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
 from lcexport.engines.bundle import Bundle
 from lcexport.engines.manifest import ComponentRecord, EngineRecord
-from lcexport.graph.check import Violation
-from lcexport.runtime import LongVideo, Video
 from lcexport.show.build import show_stages
 from lcexport.show.console import amount, listed, out, show_fact, show_text, table
 from lcexport.show.lora import lora_text
-from lcexport.verify import Check, Report
+
+if TYPE_CHECKING:  # `inspect` loads none of these
+    from lcexport.graph.check import Violation
+    from lcexport.runtime import LongVideo, Video
+    from lcexport.verify import Check, Report
 
 SHORT = {
     "max_abs": "max",

@@ -1,11 +1,16 @@
 """A LoRA: what it changes, and whether it fits; and what is in a bundle."""
 
+from __future__ import annotations
+
 import re
+from typing import TYPE_CHECKING
 
 from lcexport.engines.bundle import Bundle
 from lcexport.engines.manifest import LoraRecord
-from lcexport.lora import LoraFile, LoraModule
 from lcexport.show.console import amount, out, show_fact, show_text, table
+
+if TYPE_CHECKING:
+    from lcexport.lora import LoraFile, LoraModule
 
 
 def show_lora(lora: LoraFile, fits: str | None) -> None:

@@ -11,7 +11,7 @@ import pytest
 from lcexport import cli
 from lcexport.bench import run as bench_run
 from lcexport.builder import BuildOptions, build
-from lcexport.configs import preset_from
+from lcexport.configs.presets import preset_from
 
 SECONDS = {"min_seconds": 1.0, "median_seconds": 2.0, "p90_seconds": 3.0, "max_seconds": 4.0}
 STEPS = {

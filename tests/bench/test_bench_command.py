@@ -13,8 +13,8 @@ from lcexport.bench import run as bench_run
 from lcexport.bench.example import batches_from, example_bundles
 from lcexport.bench.run import CACHES, Options, served
 from lcexport.bench.subject import subject_from
-from lcexport.configs import preset_from
 from lcexport.configs.errors import LcexportError, UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.configs.tasks import jobs_for
 from lcexport.demo import SIBLINGS
 
@@ -135,6 +135,19 @@ def test_an_earlier_run_of_another_size_is_refused_before_anything_is_measured(
     assert code == 5
     assert "another subject; got tokens" in err
     assert unmeasured == []
+
+
+def test_library_components_are_another_option_to_compare_by(
+    run, demo_bundle, unmeasured, tmp_path
+):
+    old = document_of(run, demo_bundle)
+    del old["options"]["library_components"]  # of a version without it
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    comparing = ("bench", demo_bundle, "--compare", tmp_path / "old.json")
+    assert run(*comparing)[0] == 0
+    code, _, err = run(*comparing, "--library-components")
+    assert code == 5
+    assert "another options; got library_components" in err
 
 
 def test_a_process_that_fails_says_why(demo_bundle, monkeypatch):

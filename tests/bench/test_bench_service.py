@@ -2,7 +2,8 @@
 
 import pytest
 
-from lcexport.bench.service import PROMPT, serve
+from lcexport.bench import service
+from lcexport.bench.service import PROMPT, opened, serve
 from lcexport.configs.tasks import Task
 from lcexport.engines.manifest import read_manifest
 from lcexport.runtime import Pipeline
@@ -43,3 +44,11 @@ def test_every_repeat_and_request_encodes_its_prompt(task_bundle, monkeypatch):
     serve(str(task_bundle), resolution, "t2v", "eager", "cpu", 1, repeats, requests, started=0.0)
     measured = [prompt for prompt in encoded if prompt.startswith(PROMPT)]
     assert len(measured) == len(set(measured)) == 1 + requests + repeats
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_text_encoder_and_vae_are_the_librarys_where_asked(compiled, monkeypatch):
+    given = {}
+    monkeypatch.setattr(service, "load", lambda *places, **options: given.update(options))
+    opened("bundle", "480p", "t2v", "aotinductor", "cpu", compiled)
+    assert given["compiled_components"] is compiled

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lcexport.bench.subject import Subject, check_alike, subject_from
-from lcexport.configs import preset_from
 from lcexport.configs.dit import BlockSparseParams, DiTConfig
 from lcexport.configs.errors import IncompatibleError, UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.configs.tasks import jobs_for
 from lcexport.engines.manifest import WEIGHTS, EngineRecord, FileRecord
 from lcexport.flops import forward_flops, job_flops, share_saved

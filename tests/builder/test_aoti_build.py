@@ -13,9 +13,9 @@ from lcexport.builder import BuildOptions, aoti, build, make_plan, options_from
 from lcexport.builder.plan import PACKAGE_BYTES, PARTS
 from lcexport.builder.staging import JOURNAL
 from lcexport.checkpoint import open_checkpoint, read_header
-from lcexport.configs import preset_from
 from lcexport.configs.dit import BlockSparseParams, DiTConfig
 from lcexport.configs.errors import BuildError, IncompatibleError, ResourceError, UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.doctor import diagnose
 from lcexport.engines.bundle import Bundle, open_bundle
 from lcexport.verify import verify

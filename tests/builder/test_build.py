@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from lcexport.builder import BuildOptions, build, run
 from lcexport.checkpoint import read_header, stream
-from lcexport.configs import preset_from
 from lcexport.configs.errors import BuildError, InputError, ResourceError, UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.engines import open_engine
 from lcexport.engines.bundle import open_bundle
 from lcexport.engines.host import peak_rss_bytes

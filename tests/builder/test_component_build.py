@@ -16,7 +16,6 @@ from lcexport.builder.components import check_stage
 from lcexport.builder.staging import StageOutput
 from lcexport.checkpoint import open_checkpoint
 from lcexport.cli import given as cli_given
-from lcexport.configs import preset_from
 from lcexport.configs.components import components_of, text_encoder, vae_decoder
 from lcexport.configs.errors import (
     BuildError,
@@ -25,6 +24,7 @@ from lcexport.configs.errors import (
     UsageError,
     VerificationError,
 )
+from lcexport.configs.presets import preset_from
 from lcexport.engines import aoti_components, open_engine
 from lcexport.engines.aoti_components import ComponentPackage, open_components
 from lcexport.engines.bundle import Bundle, open_bundle

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from lcexport.builder import BuildOptions, build, make_plan, open_source, options_from
 from lcexport.checkpoint import convert, is_island, open_checkpoint, read_header
 from lcexport.compare import difference
-from lcexport.configs import preset_from
 from lcexport.configs.errors import IncompatibleError, UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.engines import open_engine
 from lcexport.engines.bundle import open_bundle
 from lcexport.engines.manifest import WEIGHTS

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 from lcexport.builder import BuildOptions, build, default_output, make_plan, plan, refuse_shortage
 from lcexport.builder.options import default_model, options_from
 from lcexport.checkpoint import open_checkpoint
-from lcexport.configs import preset_from
 from lcexport.configs.dit import BlockSparseParams, DiTConfig
 from lcexport.configs.errors import ResourceError
+from lcexport.configs.presets import preset_from
 from lcexport.engines.manifest import WEIGHTS
 
 RELEASED = DiTConfig(text_tokens_zero_pad=True)

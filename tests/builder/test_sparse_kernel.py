@@ -16,9 +16,9 @@ from lcexport.builder import BuildOptions, build, sparse_kernel
 from lcexport.builder import compile as compiling
 from lcexport.builder import run as running
 from lcexport.builder.sparse_kernel import require_sparse_kernel
-from lcexport.configs import preset_from
 from lcexport.configs.dit import BlockSparseParams, DiTConfig
 from lcexport.configs.errors import IncompatibleError, UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.engines.trt.compile import PlanReport
 from lcexport.engines.trt.network import NetworkSummary
 from lcexport.engines.trt.options import TrtOptions, require_supported

@@ -11,8 +11,8 @@ import pytest
 
 from lcexport.builder import BuildOptions, build
 from lcexport.builder.staging import JOURNAL
-from lcexport.configs import preset_from
 from lcexport.configs.errors import InputError, LockedError, ResourceError, UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.engines.bundle import open_bundle
 from lcexport.engines.manifest import MANIFEST, read_manifest
 

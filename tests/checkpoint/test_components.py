@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from lcexport.builder import BuildOptions, build
 from lcexport.checkpoint import check_components, convert, copy_folder, open_checkpoint, validate
 from lcexport.checkpoint.components import component_errors
-from lcexport.configs import preset_from
 from lcexport.configs.errors import InputError
+from lcexport.configs.presets import preset_from
 from lcexport.demo import CONFIG
 from lcexport.engines.files import sha256_of
 from lcexport.engines.manifest import COMPONENTS, FileRecord

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from lcexport.configs import Preset, preset_from, preset_names, round_frames
 from lcexport.configs.errors import UsageError
+from lcexport.configs.presets import Preset, preset_from, preset_names, round_frames
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -11,8 +11,8 @@ import torch
 
 from lcexport.builder import BuildOptions
 from lcexport.builder.stages import file_record
-from lcexport.configs import Preset
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
+from lcexport.configs.presets import Preset
 from lcexport.engines import aoti, open_engine
 from lcexport.engines.aoti import AotiEngine
 from lcexport.engines.bundle import Bundle, open_bundle

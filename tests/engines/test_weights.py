@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from lcexport.configs.errors import IntegrityError
 from lcexport.engines.host import available_memory_bytes
-from lcexport.engines.weights import map_weights
+from lcexport.engines.weights import map_weights, will_need
 
 
 def test_tensors_are_those_that_were_saved(tmp_path: Path):
@@ -55,3 +55,12 @@ def test_a_cut_file_is_said(tmp_path: Path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(IntegrityError, match="not a file of weights"):
         map_weights(path)
+
+
+def test_reading_ahead_is_advice_that_changes_nothing(tmp_path: Path):
+    path = tmp_path / "weights.safetensors"
+    saved = {"a": torch.randn(3, 5), "b": torch.randn(700, 999)}
+    save_file(saved, path)
+    found = map_weights(path)
+    will_need([*found.values(), torch.randn(2000), torch.empty(0)])
+    assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())

@@ -6,8 +6,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from lcexport.configs import preset_from
 from lcexport.configs.errors import BuildError, UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.configs.tasks import jobs_for
 from lcexport.engines import PROVIDERS
 from lcexport.engines.manifest import EngineRecord, GraphRecord, PlanRecord, TensorRecord

@@ -9,7 +9,7 @@ from lora_files import LORA_A, LORA_B, SIZE, Tensors, lora_tensors
 from safetensors.torch import save_file
 
 from lcexport.builder import BuildOptions, build
-from lcexport.configs import preset_from
+from lcexport.configs.presets import preset_from
 from lcexport.engines.manifest import COMPONENTS
 
 

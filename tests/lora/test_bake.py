@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from lcexport.builder import BuildOptions, build, options_from
 from lcexport.checkpoint import read_header
-from lcexport.configs import preset_from
 from lcexport.configs.errors import (
     IncompatibleError,
     InputError,
@@ -18,6 +17,7 @@ from lcexport.configs.errors import (
     ResourceError,
     UsageError,
 )
+from lcexport.configs.presets import preset_from
 from lcexport.configs.tasks import jobs_for
 from lcexport.engines.bundle import open_bundle
 from lcexport.engines.folders import FolderLock

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lcexport.builder import BuildOptions, build
-from lcexport.configs import preset_from
 from lcexport.configs.errors import BuildError, IncompatibleError
+from lcexport.configs.presets import preset_from
 from lcexport.configs.tasks import jobs_for
 from lcexport.engines.trt.product import open_product
 from lcexport.graph.segments import segment_graph

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lcexport.builder import BuildOptions, build
-from lcexport.configs import Preset
+from lcexport.configs.presets import Preset
 from lcexport.configs.tasks import Task, jobs_for
 from lcexport.engines import TensorSpec
 from lcexport.engines.files import sha256_of

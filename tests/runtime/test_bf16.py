@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lcexport.builder import BuildOptions, build
-from lcexport.configs import Preset
+from lcexport.configs.presets import Preset
 from lcexport.runtime import generating, load
 
 SHAPE = (1, 16, 4, 8, 12)

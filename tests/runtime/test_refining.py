@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lcexport.configs import preset_from
 from lcexport.configs.errors import UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.configs.tasks import jobs_for
 from lcexport.runtime import load
 from lcexport.runtime.refining import buildable_length, fits

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lcexport.builder import BuildOptions, build
-from lcexport.configs import preset_from
+from lcexport.configs.presets import preset_from
 from lcexport.engines.files import sha256_of
 from lcexport.engines.manifest import MANIFEST, read_manifest
 from lcexport.verify import verify

@@ -11,8 +11,8 @@ from trt_plans import HERE, with_plans
 
 from lcexport.builder import BuildOptions, build
 from lcexport.compare import STEP_TOLERANCE, difference
-from lcexport.configs import preset_from
 from lcexport.configs.errors import IncompatibleError, IntegrityError, UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.engines import weights as weights_module
 from lcexport.engines.bundle import Bundle
 from lcexport.engines.manifest import FileRecord, read_manifest
