@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcexport.configs import TEMPORAL_STRIDE
+from lcexport.configs.presets import TEMPORAL_STRIDE
 from tools.train_toy.training import generator_at
 from tools.train_toy.world import Clip, choose, placed, render, scenes
 
