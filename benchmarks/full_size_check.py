@@ -1,4 +1,4 @@
-"""Would TensorRT take the full 13.6 B graphs? Checked for three targets, and parsed for real.
+"""Do the full 13.6 B graphs break our rules? Checked for three targets, and parsed for real.
 
     python benchmarks/full_size_check.py [--workdir DIR] [--json FILE]
 

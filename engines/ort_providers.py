@@ -7,7 +7,8 @@
 The last two get plans wrapped in an EPContext model and never a graph to compile: what TensorRT's
 provider compiles is weakly typed and may use TF32, and there is no option against either, so that
 float32 would not stay float32 (docs/onnxruntime.md). Options of compiling and its caches would have
-no effect and are not set.
+no effect and are not set. What the options mean is from ONNX Runtime's documentation and sources:
+no provider but the CPU's ever computed anything.
 """
 
 import importlib.util
@@ -199,7 +200,7 @@ def require_plugin() -> None:
         raise IncompatibleError(
             "ONNX Runtime's plug-in for TensorRT for RTX does not load",
             got=first_line(error),
-            wanted="NVIDIA's driver with CUDA 13",
+            wanted="NVIDIA's driver with CUDA 13 (by its package)",
         ) from error
 
 

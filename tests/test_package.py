@@ -25,7 +25,7 @@ FORBIDDEN = ["/" + folder + "/" for folder in ("work", "root", "tmp/w")]
 
 def project_files() -> list[Path]:
     """Every text file of the project, links not followed."""
-    # `.git` is a file in a second working tree
+    # A worktree's `.git` is a file, and names a folder of the machine.
     found = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
     for folder in FOLDERS:
         found += [path for path in (ROOT / folder).rglob("*") if path.is_file()]

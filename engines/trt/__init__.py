@@ -12,4 +12,7 @@ runtime    plans in order, bound by address, on one stream
 memory     one block of device memory for all of them
 refit      weights put back from the bundle's one file
 backend    a bundle's plans as an engine
+
+What these modules say of TensorRT beyond what the tests build is from its documentation or the
+bindings' source; no plan of ours was run.
 """

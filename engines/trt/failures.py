@@ -37,8 +37,8 @@ def build_error(
         return BuildError(
             f"{what}: an attention has no fused kernel",
             got=attention_kinds(network),
-            wanted="bfloat16 or float16, two heads and two queries at least, and heads of a width "
-            "that is fused (9 to 256, as far as tried, on RTX 1.7)",
+            wanted="bfloat16 or float16, at least two queries, at least two heads in all (batch "
+            "times heads), of a width that is fused (9 to 256): as far as tried, on RTX 1.7",
             do="Unfused attention would keep every score in memory, so this is not built.",
         )
     if old := re.search(r"target\(s\) ([\w, ]+), because", said):

@@ -1,12 +1,12 @@
 """What a built engine consists of, as its inspector tells: which kernels, in which precision.
 
 TensorRT decides at the end of a build what it fuses, so this is where fused attention is known:
-after its compiler, where `network` knows what its parser took. (TensorRT for RTX makes its kernels
-on the device, and what it calls them is not known.) The answer is JSON of two forms, by NVIDIA's
-migration page: no engine of ours was inspected. TensorRT 10 lists the inputs and outputs as
-`Bindings`, and says a tensor's layout and type in one field, `Format/Datatype`; TensorRT 11 has
-`I/O Tensors`, and `Format` and `Datatype` apart. Engines built without detailed verbosity only list
-names.
+after its compiler, where `network` knows what its parser took. (By NVIDIA's documentation TensorRT
+for RTX makes its kernels on the device; what it calls them is not known.) The answer is JSON of two
+forms, by NVIDIA's migration page: no engine of ours was inspected. TensorRT 10 lists the inputs and
+outputs as `Bindings`, and says a tensor's layout and type in one field, `Format/Datatype`; TensorRT
+11 has `I/O Tensors`, and `Format` and `Datatype` apart. Engines built without detailed verbosity
+only list names.
 """
 
 import json
@@ -17,8 +17,9 @@ from typing import Any
 
 from lcexport.configs.errors import BuildError, IncompatibleError
 
-# In a kernel's name: `_gemm_mha_v2_...`, `fmha_...`. A layer's name is never asked: a model's own
-# names may say mha, and stand in the name of the product in front of it.
+# In a fused kernel's name, by an NVIDIA maintainer (NVIDIA/TensorRT#3243) and a user's plan (#4397:
+# `_gemm_mha_v2_0x...`); no engine of ours was inspected. A layer's name is never asked: a model's
+# own names may say mha, and stand in the name of the product in front of it.
 FUSED_ATTENTION = re.compile("mha", re.IGNORECASE)
 ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 # The first that fits: "BFloat16" contains "float16", and that contains "float".

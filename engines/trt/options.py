@@ -28,7 +28,7 @@ class TrtOptions(BaseModel):
     """Wishes of one build. The defaults are for one static shape and a model of many gigabytes.
 
     Attributes:
-        workspace_bytes: scratch memory a layer may use; TensorRT's own limit where None.
+        workspace_bytes: scratch memory a layer may use; the builder's default where None.
         optimization_level: 0 (fastest build) to 5 (fastest engine).
         max_aux_streams: streams beside the caller's; 0 takes the least activation memory.
         hardware_compatibility: run on other GPUs than the building one (TensorRT only).
@@ -38,7 +38,7 @@ class TrtOptions(BaseModel):
         refit: weights may be exchanged by others.
         compute_capabilities: GPUs to compile for, such as `sm89` (TensorRT for RTX only); all
             that the product targets by itself where empty.
-        max_threads: threads of the builder; TensorRT's own choice where None.
+        max_threads: threads of the builder; its default where None.
         timing_cache: file of measured kernels, read before and added to after (TensorRT only).
         sparse_kernel: what block-sparse attention is compiled of: the graph's own operators, or
             our kernel as a `plugin` (TensorRT only).
@@ -84,10 +84,11 @@ def require_supported(product: Product, options: TrtOptions) -> None:
         "sparse_kernel=plugin": options.sparse_kernel == "plugin",
     }
     reasons = {
-        "hardware_compatibility": "its plans run on every GPU they were compiled for: name those "
-        "with compute_capabilities",
-        "version_compatible": "it ships no lean runtime, so a plan fits one version only",
-        "timing_cache": "it measures nothing at build time, so there is nothing to keep",
+        "hardware_compatibility": "its plans are compiled for several GPUs: name those with "
+        "compute_capabilities",
+        "version_compatible": "it ships no lean runtime, and by NVIDIA's documentation a plan fits "
+        "one release only",
+        "timing_cache": "it says itself that its timing caches do nothing",
         "sparse_kernel=plugin": "it has no ahead-of-time plugins, and compiles the graph's own "
         "operators",
     }
@@ -106,8 +107,8 @@ def overrides_tf32() -> bool:
 def refuse_tf32_override() -> None:
     """Raise IncompatibleError where the environment overrules the flag that `configure` clears.
 
-    RTX 1.7.1 builds with TF32 where it is 1, whatever the flag. It makes kernels where a plan runs,
-    too; whether it asks the environment there was not tried.
+    RTX 1.7.1 builds with TF32 where it is 1, whatever the flag. By NVIDIA's documentation it makes
+    kernels where a plan runs, too; whether it asks the environment there was not tried.
     """
     if overrides_tf32():
         raise IncompatibleError(
@@ -166,7 +167,7 @@ def builder_flags(product: Product, options: TrtOptions) -> list[TensorRT.Builde
         # The weights of the bundle and no others: constants of the graph's own stay in the plan.
         flags.append(trt.BuilderFlag.REFIT_INDIVIDUAL)
     if product.is_rtx and not options.weight_streaming:
-        # CUDA graphs need it, and the builder refuses it together with weight streaming.
+        # By NVIDIA's documentation CUDA graphs need it; the builder refuses it with streaming.
         flags.append(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     return flags
 

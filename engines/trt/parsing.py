@@ -29,13 +29,13 @@ def parse_network(
     graph: bytes,
     path: Path,
 ) -> Parsed:
-    """Parse `graph`; external data is looked for beside `path`, and mapped, not read.
+    """Parse `graph`; external data is looked for beside `path`, and mapped (seen with RTX 1.7.1).
 
     Raises:
         BuildError: TensorRT refuses the graph; names the node, the operator and the reason.
     """
     trt = product.trt
-    # Required in 10; the default, and ignored, in 11.
+    # Required in 10; by its documentation the default, and ignored, in 11.
     typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(typed)
     parser = trt.OnnxParser(network, logger)

@@ -20,7 +20,12 @@ from lcexport.engines.trt.product import (
     logger_for,
     open_product,
 )
-from lcexport.engines.trt.worker import child_environment, error_from, private_stdout, value_from
+from lcexport.engines.trt.worker import (
+    compiler_environment,
+    error_from,
+    private_stdout,
+    value_from,
+)
 
 COMMAND = (sys.executable, "-P", "-c", "from lcexport.engines.trt.probe import main; main()")
 SECONDS = 120  # a driver may take some to wake a GPU; a builder that takes longer hangs
@@ -50,7 +55,7 @@ def probe(name: ProductName, gpu: str | None = None) -> ProductState:
     try:
         done = subprocess.run(
             (*COMMAND, name),
-            env=child_environment(gpu),
+            env=compiler_environment(gpu),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=SECONDS,

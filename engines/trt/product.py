@@ -212,8 +212,8 @@ _RUNTIME_LOGGERS: dict[int, tuple[Product, TensorRT.ILogger, MessageLog]] = {}  
 def shared_logger(product: Product) -> tuple[TensorRT.ILogger, MessageLog]:
     """The one logger of this process's runtimes, and what it filled; never given back.
 
-    A second logger makes TensorRT warn that it is ignored (RTX 1.7.1 does not ignore it): with one,
-    no message goes astray.
+    A second logger makes RTX 1.7.1 warn that it is ignored, which it is not; with TensorRT not
+    tried: with one, no message goes astray.
     """
     key = id(product.trt)  # which stays its own, as the product is kept
     if key not in _RUNTIME_LOGGERS:

@@ -155,7 +155,7 @@ def gpu_fits(built: BuiltFor, here: Here) -> bool:
 
 
 def driver_fits(built: BuiltFor, here: Here) -> bool:
-    """A newer driver runs what an older one ran; the reverse is not promised."""
+    """Our rule, after CUDA's promise that a newer driver runs what an older one ran; not tried."""
     if built.driver is None:
         return True
     return here.driver is not None and numbers(here.driver) >= numbers(built.driver)

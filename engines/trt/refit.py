@@ -37,7 +37,7 @@ def refit_from_weights(
     Raises:
         UsageError: the engine was built without refitting.
         IntegrityError: a weight is missing, or has another type or size.
-        LcexportError: TensorRT refused; the engine's weights are then undefined.
+        LcexportError: TensorRT refused; some of the engine's weights may be new by then.
     """
     if not engine.refittable:
         raise UsageError("the engine cannot be refitted", do="Build it with --trt refit=true.")
@@ -106,7 +106,7 @@ def trt_dtype(trt: TensorRT, dtype: torch.dtype) -> TensorRT.DataType:
 
 
 def check_prototype(name: str, prototype: TensorRT.Weights, weights: TensorRT.Weights) -> None:
-    """Refuse what TensorRT would convert or misread: type and count must be the engine's."""
+    """Refuse, both named, what TensorRT rejects by its documentation: another type or count."""
     if (prototype.dtype, prototype.size) != (weights.dtype, weights.size):
         raise does_not_fit(
             name, f"{weights.size} x {weights.dtype}", f"{prototype.size} x {prototype.dtype}"

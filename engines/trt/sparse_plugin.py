@@ -9,9 +9,10 @@ inside block-sparse attention that takes chunks and the list of those kept; the 
 standard operators. By onnx-tensorrt's source the parser takes a plugin in place of a function where
 the node names the plugin's namespace (ours do) and such a plugin is registered when it parses: by
 the compiling process (`worker`), where the build was asked for it (`--trt sparse_kernel=plugin`).
-The engine then holds the PTX: running it needs neither this plugin nor Triton. Where nothing is
-registered, the parser takes the function, a loop over the query chunks: bounded in memory, and
-likely slow. TensorRT for RTX has parsed and built it; with TensorRT it was not tried.
+The engine is then to hold the PTX (so the AOT tutorial of Torch-TensorRT says; not tried): running
+it should need neither this plugin nor Triton. Where nothing is registered, the parser takes the
+function, a loop over the query chunks: bounded in memory, and likely slow. TensorRT for RTX has
+parsed and built it; with TensorRT it was not tried.
 
 TensorRT for RTX has no `tensorrt.plugin` (its bindings lack the module, and its parser refuses
 plugins of that kind): it always takes the function.

@@ -145,8 +145,9 @@ def do_not_fit(spec: TensorSpec, source: TensorSpec) -> IntegrityError:
 def make_context(product: Product, engine: TensorRT.ICudaEngine, log: MessageLog) -> Context:
     """Create a plan's context, which has its scratch from the workspace, and fix its shapes.
 
-    A plan of RTX that streams weights allocates while it runs, which excludes scratch from outside:
-    its context has its own, and asks the workspace for none.
+    By the builder's message a plan of RTX that streams weights allocates while it runs, which we
+    read as excluding scratch from outside (the library has a message that speaks against it; not
+    tried): its context has its own, and asks the workspace for none.
 
     Raises:
         ResourceError: TensorRT made none.
@@ -164,7 +165,7 @@ def make_context(product: Product, engine: TensorRT.ICudaEngine, log: MessageLog
         raise ResourceError(
             "TensorRT made no execution context",
             got=said(log, "create_execution_context returned None"),
-            do="Most often the device is out of memory: close other engines, or stream weights.",
+            do="Perhaps the device is out of memory: close other engines, or stream weights.",
         )
     # Plans are built with all that the inspector can tell, which costs time at every enqueue.
     context.ready.nvtx_verbosity = trt.ProfilingVerbosity.NONE

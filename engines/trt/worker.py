@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -89,7 +89,7 @@ def compile_graph(
     with private_folder(output) as folder, tempfile.TemporaryFile() as stderr:
         plan = folder / PLAN
         request["output"] = str(plan)
-        with child(stderr, gpu) as process:
+        with child(stderr, COMMAND, compiler_environment(gpu)) as process:
             answer = converse(process, stderr, request, graph, on_progress, cancel)
         report = PlanReport.model_validate(answer)
         with resource_errors(output):
@@ -111,18 +111,18 @@ def private_folder(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def child(
-    stderr: IO[bytes], gpu: str | None = None, command: Sequence[str] | None = None
+    stderr: IO[bytes], command: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The compiling process; neither it nor what it starts outlives the block.
 
     A session of its own keeps a terminal's Ctrl-C from it: the parent ends it in order.
     """
     process = subprocess.Popen(
-        command or COMMAND,
+        command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
-        env=child_environment(gpu),
+        env=environment,
         start_new_session=True,
     )
     try:
@@ -142,13 +142,17 @@ def child(
 def child_environment(gpu: str | None = None) -> dict[str, str]:
     """This process's own, with this lcexport first among what Python finds, and `gpu` alone.
 
-    TensorRT builds on CUDA's current device, the first. A wish for TF32 is left out: it would
-    overrule the builder's flag.
+    As we read the API, TensorRT builds on CUDA's current device, the first.
     """
     package = str(Path(lcexport.__file__).parents[1])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-    environment = {**os.environ, **seen, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**os.environ, **seen, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def compiler_environment(gpu: str | None = None) -> dict[str, str]:
+    """`child_environment` without a wish for TF32, which would overrule the builder's flag."""
+    environment = child_environment(gpu)
     if overrides_tf32():
         del environment[TF32_OVERRIDE]
     return environment

@@ -28,7 +28,7 @@ from lcexport.engines.files import publish, resource_errors, sync_folder
 from lcexport.engines.manifest import DIT_CONFIG, EngineRecord, GraphRecord, PlanRecord
 from lcexport.engines.trt.memory import gpu_of
 from lcexport.engines.trt.reader import this_platform
-from lcexport.engines.trt.worker import child, converse, private_folder
+from lcexport.engines.trt.worker import child, child_environment, converse, private_folder
 from lcexport.graph.parts import parts_of
 
 Stage = Callable[[str, Callable[[], StageOutput]], DoneStage]
@@ -124,7 +124,7 @@ def make_package(path: Path, request: dict[str, Any], options: BuildOptions) -> 
     device = torch.device(options.device)
     with private_folder(path) as place, tempfile.TemporaryFile() as stderr:
         request = {**request, "device": device.type, "folder": str(place), "graph_bytes": 0}
-        with child(stderr, gpu_of(device), COMMAND) as process:
+        with child(stderr, COMMAND, child_environment(gpu_of(device))) as process:
             made = converse(process, stderr, request, b"", None, None, ADVICE)
         assert isinstance(made, dict)
         with resource_errors(path):

@@ -1,8 +1,8 @@
 """The kernel of block-sparse attention that TensorRT's plans may have in place of operators.
 
 `--trt sparse_kernel=plugin` asks for it. Triton compiles it here, to PTX; the process that compiles
-a plan registers it before it parses. The plan then holds the PTX, so whoever runs it needs neither
-Triton nor the plugin.
+a plan registers it before it parses. The plan is then to hold the PTX (so the AOT tutorial of
+Torch-TensorRT says; not tried): whoever runs it should need neither Triton nor the plugin.
 """
 
 import importlib

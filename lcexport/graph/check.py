@@ -1,10 +1,10 @@
 """Does a graph keep our rules for TensorRT? Answered in milliseconds, without TensorRT.
 
-Strong typing leaves no room for interpretation: what a graph says is what is compiled. So ONNX's
+Strong typing leaves no room for interpretation: what a graph says is what is asked for. So ONNX's
 own type inference, started anew from the inputs and the weights of every call, tells what the
 parser will meet, and the rules of `lcexport.graph.targets` tell what TensorRT for RTX 1.7 was seen
 to take. Where a rule is stricter than that, the parser accepts something that is not what the graph
-says (float64 is read as float32), that the compiler does badly, or that other engines refuse.
+says (float64 is read as float32), that is not documented or proven, or that other engines refuse.
 """
 
 import re

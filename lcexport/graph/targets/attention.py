@@ -3,7 +3,7 @@
 The node leaves the exporter without TensorRT's `TRT_decomposable`: a compiler that has no fused
 kernel fails, as RTX 1.7 does, instead of writing 167 GiB of scores at 480p. These rules say so
 before it tries. The limits were found by building with TensorRT for RTX 1.7, but for the most keys
-in float16.
+in float16. They are stricter of a single query, which that builds in some sizes.
 """
 
 import onnx_ir as ir

@@ -102,6 +102,29 @@ def test_the_compiler_refuses_streaming_with_what_cuda_graphs_need(
         compile_text("g (float[2] x) => (float[2] y) <float[2] w = {1, 2}> { y = Mul (x, w) }")
 
 
+def test_the_compiler_has_no_lean_runtime_for_plans_of_several_versions(
+    compile_text, monkeypatch: pytest.MonkeyPatch
+):
+    """The reason to refuse `version_compatible`."""
+    monkeypatch.setattr(
+        options,
+        "builder_flags",
+        lambda product, options: [product.trt.BuilderFlag.VERSION_COMPATIBLE],
+    )
+    with pytest.raises(BuildError, match=r"Unable to load library: libnvinfer_lean\.so\.1"):
+        compile_text("g (float[2] x) => (float[2] y) { y = Add (x, x) }")
+
+
+def test_the_compiler_ignores_hardware_compatibility(rtx: Product):
+    """The reason to refuse `hardware_compatibility`: it warns, and goes on without."""
+    log = MessageLog()
+    logger = logger_for(rtx, log)
+    config = builder_for(rtx, logger).create_builder_config()
+    config.hardware_compatibility_level = rtx.trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    (warning,) = log.warnings
+    assert "HardwareCompatibilityLevel() is unsupported in TensorRT-RTX" in warning
+
+
 @pytest.mark.parametrize(
     "options",
     [

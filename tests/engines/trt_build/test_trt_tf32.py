@@ -16,7 +16,7 @@ from lcexport.configs.errors import IncompatibleError
 from lcexport.engines.trt.network import Expectations
 from lcexport.engines.trt.options import TF32_OVERRIDE, TrtOptions
 from lcexport.engines.trt.product import Product
-from lcexport.engines.trt.worker import compile_graph
+from lcexport.engines.trt.worker import child_environment, compile_graph, compiler_environment
 
 GRAPH = "g (float[64,256] x, float[256,256] w) => (float[64,256] y) { y = MatMul (x, w) }"
 BUILD = """
@@ -87,6 +87,13 @@ def test_a_plan_is_without_tf32_whatever_the_variable(
     graph, path = graph_from(GRAPH), tmp_path / "g.onnx"
     compile_graph("tensorrt-rtx", graph, path, output, TrtOptions(), wanted)
     assert not has_tf32(output.read_bytes())
+
+
+def test_a_wish_for_tf32_is_kept_from_compilers_alone(monkeypatch):
+    """Processes that measure eager torch or ONNX Runtime are to see what this one sees."""
+    monkeypatch.setenv(TF32_OVERRIDE, "1")
+    assert child_environment()[TF32_OVERRIDE] == "1"
+    assert TF32_OVERRIDE not in compiler_environment()
 
 
 def test_nothing_is_compiled_in_a_process_that_asks_for_tf32(compile_text, monkeypatch, tmp_path):
