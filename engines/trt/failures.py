@@ -47,7 +47,7 @@ def build_error(
             got=got,
             do="GPUs before sm80 have no bfloat16: leave them out of compute_capabilities.",
         )
-    if "workspace memory" in said:
+    if re.search(r"workspace (memory|limit)", said):
         return ResourceError(what, got=got, do="Raise workspace_bytes.")
     if re.search(r"bad_alloc|out of memory|OutOfMemory|Cannot allocate", said):
         return ResourceError(

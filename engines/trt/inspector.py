@@ -1,6 +1,6 @@
 """What a built engine consists of, as its inspector tells: which kernels, in which precision.
 
-TensorRT decides at the end of a build what it fuses, so this is where fused attention is known:
+TensorRT decides while it builds what it fuses, so this is where fused attention is known:
 after its compiler, where `network` knows what its parser took. (By NVIDIA's documentation TensorRT
 for RTX makes its kernels on the device; what it calls them is not known.) The answer is JSON of two
 forms, by NVIDIA's migration page: no engine of ours was inspected. TensorRT 10 lists the inputs and

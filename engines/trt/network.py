@@ -158,7 +158,7 @@ class NetworkCheck:
             self.check_attention(layer)
         elif layer.kind == "SOFTMAX":
             self.refuse(
-                f"{layer} is attention in pieces, which would keep every score in memory",
+                f"{layer} is attention in pieces, which may keep every score in memory",
                 do="Attention must reach TensorRT as ONNX Attention, which it may not decompose.",
             )
         elif layer.kind in PRODUCTS:
@@ -177,7 +177,7 @@ class NetworkCheck:
         attention = seen_as(self.trt.IAttentionInputLayer, layer.raw).attention
         if attention.decomposable:
             self.refuse(
-                f"{layer} may be taken apart, which would keep every score in memory",
+                f"{layer} may be taken apart, which may keep every score in memory",
                 do="Remove the attribute TRT_decomposable from the graph.",
             )
         query, key, value = (attention.get_input(index) for index in range(3))

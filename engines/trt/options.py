@@ -1,6 +1,6 @@
 """What a build may be asked for, by the field's names; and how each wish reaches the builder.
 
-What a product lacks is an error that says so: nothing asked for is ignored.
+What a product lacks is an error that says so; all else that is asked for reaches the builder.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The two products behind one API: TensorRT, and TensorRT for RTX, which compiles without a GPU.
 
-Both modules offer the same classes; what differs is said by `Product`, and asked of the module
+What we use of the API is the same in both modules, but for compute capabilities, what CUDA graphs
+need and plugins (`tests/tensorrt_api`); what differs is said by `Product`, and asked of the module
 itself where it can be. Everything in this package is handed a product and imports neither.
 """
 

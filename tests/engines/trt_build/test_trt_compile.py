@@ -164,6 +164,7 @@ def test_the_memory_estimate_is_three_times_the_weights():
     ("message", "error", "words"),
     [
         ("Please increase the workspace memory provided", ResourceError, "workspace_bytes"),
+        ("no tactics to implement it within workspace limit", ResourceError, "workspace_bytes"),
         ("std::bad_alloc", ResourceError, "more segments"),
         ("Internal Error (Could not find any implementation)", BuildError, "implementation"),
     ],
