@@ -10,15 +10,6 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH  := torch==2.13.0
 RTX    := .[tensorrt-rtx]
-# Small, so that a laptop's processor decodes all the demo's videos in a minute.
-SIZE   := 96x144x9
-DEMO   := --res $(SIZE) --task t2v,i2v,vc,refine --cond-frames 5 --refine-size 128x192
-PROMPT := a paper boat drifts down a rainy street at night
-define LAST_FRAME
-from PIL import Image; from lcexport.runtime.media import read_video; \
-Image.fromarray(read_video('demo/text.mp4')[0][-1]).save('demo/image.png')
-endef
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types layers wheel clean
 
@@ -40,55 +31,15 @@ $(VENV)/run.stamp: $(VENV)/torch.stamp
 # The demo can do without: no stamp where it cannot be installed, so the next run tries again.
 $(VENV)/rtx.stamp: $(VENV)/run.stamp
 	@echo "installing TensorRT for RTX"
-	@$(PIP) install -e "$(RTX)" >$(VENV)/rtx.log 2>&1 && touch $@ || true
+	@$(PIP) install -e "$(RTX)" >$(VENV)/rtx.log 2>&1 && mv $(VENV)/rtx.log $@ || true
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp
 	@echo "installing lcexport and the tools its tests need"
 	@$(PIP) install -e ".[dev]"
 	@touch $(VENV)/run.stamp $@
 
-demo: $(VENV)/run.stamp $(VENV)/rtx.stamp  ## a small checkpoint, its bundles, and videos, in demo/
-	@rm -rf $(addprefix demo/,checkpoint bundle bundle.building bundle-rtx bundle-rtx.building \
-	    text.mp4 image.png image.mp4 continuation.mp4 refined.mp4 contact-sheet.png)
-	@mkdir -p demo
-	@echo "1/5 a small checkpoint with random weights"
-	@$(BIN)/lcexport demo-checkpoint demo/checkpoint
-	@echo "2/5 from the checkpoint to a bundle for text, images, continuation and refinement"
-	@$(BIN)/lcexport build --model demo/checkpoint $(DEMO) -o demo/bundle
-	@echo "3/5 the bundle against its golden outputs"
-	@$(BIN)/lcexport verify demo/bundle
-	@echo "4/5 videos: from a prompt, from an image, from a video, and one refined"
-	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --res $(SIZE) --steps 8 --out demo/text.mp4
-	@$(BIN)/python -c "$(LAST_FRAME)"
-	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --image demo/image.png \
-	    --res $(SIZE) --steps 8 --out demo/image.mp4
-	@$(BIN)/lcexport generate demo/bundle --prompt "$(PROMPT)" --video demo/text.mp4 \
-	    --res $(SIZE) --steps 8 --out demo/continuation.mp4
-	@$(BIN)/lcexport refine demo/bundle demo/text.mp4 --prompt "$(PROMPT)" --out demo/refined.mp4
-	@$(BIN)/lcexport contact-sheet demo/contact-sheet.png "text to video=demo/text.mp4" \
-	    "image to video=demo/image.mp4" "continuation=demo/continuation.mp4" \
-	    "refined: larger, twice the frames=demo/refined.mp4"
-	@echo "5/5 the same graphs in bf16, compiled for RTX cards on this processor"
-	@if [ -e $(VENV)/rtx.stamp ]; then \
-	    $(BIN)/lcexport build --model demo/checkpoint $(DEMO) --precision bf16 --only compile \
-	        --backend tensorrt-rtx -o demo/bundle-rtx && \
-	    $(BIN)/lcexport inspect demo/bundle-rtx; \
-	else \
-	    echo "    skipped: tensorrt-rtx cannot be installed here, $(VENV)/rtx.log says why"; \
-	fi
-	@printf '%s\n' "" \
-	    "  checkpoint      demo/checkpoint/" \
-	    "  bundle          demo/bundle/" \
-	    "  RTX bundle      $$(ls -d demo/bundle-rtx 2>/dev/null || echo skipped)" \
-	    "  videos          demo/text.mp4, image.mp4, continuation.mp4, refined.mp4" \
-	    "  contact sheet   demo/contact-sheet.png" "" \
-	    "The weights are random: the videos show that the pieces fit, not what the model can paint." \
-	    "Next:" "" \
-	    "  $(BIN)/lcexport doctor" \
-	    "  $(BIN)/lcexport inspect demo/bundle" \
-	    "  $(BIN)/lcexport verify demo/bundle --level video" \
-	    "  $(BIN)/lcexport build --res demo --add -o demo/bundle" \
-	    "  $(BIN)/lcexport plan --model demo/checkpoint --res 480p,720p --only export"
+demo: $(VENV)/run.stamp $(VENV)/rtx.stamp  ## a trained checkpoint, its bundles, and videos, in demo/
+	@bash tools/demo.sh $(BIN) $(VENV)/rtx.log
 
 # A process for each processor, and one thread in each: more would only wait for each other.
 test: $(VENV)/dev.stamp  ## all tests that need no GPU

@@ -13,6 +13,18 @@ from lcexport.configs.errors import LockedError, ResourceError, UsageError
 from lcexport.engines.files import already_there, resource_errors, sync_folder
 
 
+def cache_folder(name: str) -> Path:
+    """The user's folder for what can be made again: $XDG_CACHE_HOME or ~/.cache, lcexport/<name>.
+
+    Raises:
+        ResourceError: it cannot be made.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcexport" / name
+    with resource_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 class FolderLock:
     """An advisory lock on a folder, held by an open descriptor: it ends with the process."""
 

@@ -1,10 +1,11 @@
-"""A small but complete checkpoint in the released layout: every component, random weights.
+"""Small but complete checkpoints in the released layout, to try all of this with.
 
-It exercises the whole product in seconds on a processor. Nothing is trained: its videos are
-textures, and show that the pieces fit, not what the model can paint. Its big sibling is for
-measuring: a DiT whose matrices are large enough to keep a processor busy.
+`toy` is trained: it shows one coloured shape that moves, as its prompt says; `toy/README.md` is its
+model card. The others' weights are random: `demo`, whose videos are textures, and `bench`, whose
+matrices are large enough to keep a processor busy.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -15,11 +16,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lcexport.checkpoint import expected_tensors
+from lcexport import __version__
+from lcexport.checkpoint import copy_folder, expected_tensors
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import ResourceError, UsageError
+from lcexport.configs.presets import preset_from
 from lcexport.engines.files import resource_errors
-from lcexport.engines.folders import new_folder
+from lcexport.engines.folders import cache_folder, new_folder
 
 SEED = 7
 CONFIG = DiTConfig(
@@ -49,6 +52,8 @@ SIBLINGS: dict[str, Sibling] = {
         megabytes=330,
     ),
 }
+TOY = Path(__file__).parent / "toy"
+TOY_DIGESTS = "SHA256SUMS"  # of its files
 SHARDS = 2
 PIECES = "▁ " + "".join(chr(code) for code in range(33, 127))
 
@@ -60,8 +65,14 @@ def make_demo_checkpoint(folder: Path, size: str = "demo") -> None:
         UsageError: the folder has no name of its own, or no such size.
         ResourceError: the folder is taken, or cannot be written.
     """
+    if size == "toy":
+        with resource_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(folder) as temporary:
+            copy_folder(TOY, temporary)
+        return
     if size not in SIBLINGS:
-        wanted = " or ".join(SIBLINGS)
+        wanted = " or ".join(["toy", *SIBLINGS])
         raise UsageError("no such size of checkpoint", got=repr(size), wanted=wanted)
     sibling = SIBLINGS[size]
     with resource_errors(folder):
@@ -80,6 +91,33 @@ def make_demo_checkpoint(folder: Path, size: str = "demo") -> None:
                 wanted=f"about {sibling.megabytes} MB of free disk",
                 do="Free some space or choose another disk.",
             ) from error  # fmt: skip
+
+
+def toy_bundle() -> Path:
+    """The toy's bundle for text, images and continuation, made once in the user's cache folder.
+
+    $XDG_CACHE_HOME/lcexport, or ~/.cache/lcexport. Another toy's has another name.
+
+    Raises:
+        LcexportError: it cannot be built there.
+    """
+    from lcexport.builder import BuildOptions, build
+    from lcexport.builder.staging import staging_folder
+
+    name = hashlib.sha256((TOY / TOY_DIGESTS).read_bytes()).hexdigest()[:12]
+    output = cache_folder("toy") / f"{__version__}-{name}"
+    if not output.exists():
+        build(
+            BuildOptions(
+                model=TOY,
+                output=output,
+                presets=(preset_from("toy"),),
+                tasks=("t2v", "i2v", "vc"),
+                cond_frames=5,
+                resume=staging_folder(output).exists(),  # what a killed one left
+            )
+        )
+    return output
 
 
 def random_weights(dit: DiTConfig) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CRF = "18"  # libx264's quality: 0 lossless, 18 hardly distinguishable, 23 the default
 THUMBNAIL_PIXELS = 320  # widest picture on a contact sheet
+SMALL_PIXELS = 64  # up to this width a picture is shown at twice its size
 MARGIN_PIXELS = 6
 LABEL_PIXELS = 16
 
@@ -118,7 +119,7 @@ class Row:
     def cell(self) -> tuple[int, int]:
         """Width and height of one picture."""
         height, width = self.frames.shape[1:3]
-        scale = min(1.0, THUMBNAIL_PIXELS / width)
+        scale = 2.0 if width <= SMALL_PIXELS else min(1.0, THUMBNAIL_PIXELS / width)
         return max(1, round(width * scale)), max(1, round(height * scale))
 
     @property

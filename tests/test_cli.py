@@ -313,7 +313,7 @@ def test_verify_draws_one_bar(run, demo_bundle, monkeypatch):
 
 def test_no_command_and_no_argument_are_said(run):
     assert run()[2].splitlines()[-1] == "error: a command is missing. See `lcexport --help`."
-    assert "Missing option '--prompt'" in run("generate", "b", "--out", "x.mp4")[2]
+    assert "Missing option '--out'" in run("generate", "b", "--prompt", "x")[2]
 
 
 def test_frames_that_are_not_4k_plus_1_are_rounded_and_said(run, demo_checkpoint, caplog):
@@ -370,7 +370,7 @@ def test_a_contact_sheet_of_several_videos(run, clip, tmp_path):
     sheet = tmp_path / "sheet.png"
     code, out, err = run("contact-sheet", sheet, f"one={clip}", f"a second={clip}", "--count", 3)
     assert (code, out.strip(), err) == (0, str(sheet), "")
-    assert Image.open(sheet).size == (3 * (48 + 6) + 6, 2 * (32 + 2 * 16 + 6) + 6)
+    assert Image.open(sheet).size == (3 * (96 + 6) + 6, 2 * (64 + 2 * 16 + 6) + 6)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from lcexport.checkpoint import validate
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import ResourceError, UsageError
-from lcexport.demo import CONFIG, SIBLINGS, Sibling, make_demo_checkpoint
+from lcexport.demo import CONFIG, SIBLINGS, TOY, Sibling, make_demo_checkpoint
 from lcexport.engines.manifest import COMPONENTS
 
 
@@ -46,8 +46,47 @@ def test_its_sibling_has_a_dit_and_a_vae_of_its_own(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "bench/vae/config.json").read_text())["base_dim"] == 4
 
 
-def test_there_are_two_sizes(tmp_path):
-    with pytest.raises(UsageError, match="no such size of checkpoint; got 'huge'; wanted demo or"):
+def test_the_toy_is_copied_whole_and_sound(tmp_path):
+    make_demo_checkpoint(tmp_path / "toy", "toy")
+    assert content(tmp_path / "toy") == content(TOY)
+    report = validate(tmp_path / "toy")
+    assert report.ok, report.problems
+    assert report.components_missing == []
+
+
+def test_the_demo_makes_the_toys_bundle_once(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = ("generate", "--demo", "a red circle moves left", "--steps", 1, "--out")
+    assert run(*asked, tmp_path / "one.mp4")[0] == 0
+    (bundle,) = (tmp_path / "cache" / "lcexport" / "toy").iterdir()
+    made = (bundle / "manifest.json").stat().st_mtime_ns
+    assert run(*asked, tmp_path / "two.mp4")[0] == 0
+    assert (bundle / "manifest.json").stat().st_mtime_ns == made
+    assert {path.name for path in tmp_path.glob("*.mp4")} == {"one.mp4", "two.mp4"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--demo", "a", "--prompt", "b"),
+        ("bundle", "--demo", "a"),
+        ("bundle",),
+        ("--prompt", "a"),
+        (),
+    ],
+    ids=" ".join,
+)
+def test_generate_wants_a_bundle_and_a_prompt_or_the_demo_alone(run, tmp_path, words):
+    code, _, err = run("generate", *words, "--out", tmp_path / "x.mp4")
+    assert code == 2
+    assert "what is to be shown, and by what, is not said once" in err
+    assert "--demo" in err
+
+
+def test_there_are_three_sizes(tmp_path):
+    with pytest.raises(
+        UsageError, match="no such size of checkpoint; got 'huge'; wanted toy or demo or bench"
+    ):
         make_demo_checkpoint(tmp_path / "huge", "huge")
     assert list(tmp_path.iterdir()) == []
 

@@ -3,7 +3,8 @@
     python tools/inspect_wheel.py dist/lcexport-*.whl
 
 Every python, TOML and py.typed file of the packages in the tree must be in the wheel, byte for
-byte, and nothing beside them but the wheel's own metadata. Exit code 1 names what is wrong.
+byte, and the trained toy, and nothing beside them but the wheel's own metadata. Exit code 1 names
+what is wrong.
 """
 
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ("*.py", "*.toml", "py.typed")
+TOY = ROOT / "lcexport" / "toy"
 
 
 def main(wheel: Path) -> int:
@@ -38,6 +40,7 @@ def files_of_packages() -> dict[str, bytes]:
     walked = os.walk(ROOT / "lcexport", followlinks=True)
     folders = [Path(folder) for folder, _, _ in walked]
     found = {path for folder in folders for shipped in SHIPPED for path in folder.glob(shipped)}
+    found |= {path for path in TOY.rglob("*") if path.is_file()}
     return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in sorted(found)}
 
 

@@ -5,7 +5,6 @@ the blocks, with the weights handed in when they run. A killed build resumes at 
 compiler holds what belongs to one plan at a time.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from lcexport.builder.stages import file_record
 from lcexport.builder.staging import DoneStage, StageOutput
 from lcexport.checkpoint import is_island
 from lcexport.configs.errors import BuildError, IncompatibleError, ResourceError
-from lcexport.engines.files import resource_errors
+from lcexport.engines.folders import cache_folder
 from lcexport.engines.host import available_memory_bytes
 from lcexport.engines.manifest import (
     CallRecord,
@@ -283,12 +282,8 @@ def trt_options(backend: ProductName, options: BuildOptions) -> TrtOptions:
     name = re.sub(
         r"[^\w.]+", "-", f"{here.version}-{here.gpu}-{here.driver}-{here.platform}"
     ).lower()
-    folder = (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lcexport" / "timing"
-    )
-    with resource_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return options.trt.model_copy(update={"timing_cache": folder / f"{name}.cache"})
+    cache = cache_folder("timing") / f"{name}.cache"
+    return options.trt.model_copy(update={"timing_cache": cache})
 
 
 def context_name(backend: str, graph: str) -> str:

@@ -31,7 +31,7 @@ DIT_FOLDERS: dict[Layout, str] = {"released": "dit", "fastvideo": "transformer"}
 HOW_TO_GET_ONE = (
     "Get the released one with `hf download meituan-longcat/LongCat-Video --local-dir "
     "weights/LongCat-Video` and name its folder with --model or $LCEXPORT_MODEL, or make a small "
-    "one: `lcexport demo-checkpoint DIR`, then `lcexport build --model DIR --res demo`."
+    "one: `lcexport demo-checkpoint DIR`, then `lcexport build --model DIR --res toy`."
 )
 
 

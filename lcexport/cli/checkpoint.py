@@ -75,10 +75,14 @@ def convert(
 def demo_checkpoint(
     folder: Annotated[Path, typer.Argument(help="The new folder.")],
     size: Annotated[
-        str, typer.Option(help="`demo`, or `bench` for its big sibling, to measure with.")
-    ] = "demo",
+        str,
+        typer.Option(
+            help="`toy`, which is trained; or with random weights `demo`, or its big sibling "
+            "`bench`, to measure with."
+        ),
+    ] = "toy",
 ) -> None:
-    """Write a small, complete, untrained checkpoint in the released layout."""
+    """Write a small, complete checkpoint in the released layout."""
     from lcexport.demo import make_demo_checkpoint
     from lcexport.show.console import show_text
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lcexport.cli.app import BundleArgument, DeviceOption, JsonOption, app, progress_bars
+from lcexport.cli.app import DeviceOption, JsonOption, app, progress_bars
 from lcexport.cli.output import (
     BackendOption,
     ContactSheetOption,
@@ -22,6 +22,7 @@ from lcexport.cli.output import (
     step_bar,
     write_video,
 )
+from lcexport.configs.errors import UsageError
 
 ImageOption = Annotated[
     Path | None,
@@ -59,11 +60,23 @@ EnhanceOption = Annotated[
 ]
 
 
+DemoOption = Annotated[
+    str | None,
+    typer.Option(
+        "--demo",
+        metavar="PROMPT",
+        help="With no bundle: show this by the small trained checkpoint that comes along, such as "
+        '"a red circle moves left". Its bundle is made once, in the cache folder.',
+    ),
+]
+
+
 @app.command()
 def generate(
-    bundle: BundleArgument,
-    prompt: Annotated[str, typer.Option(help="What to show.")],
     out: OutOption,
+    bundle: Annotated[Path | None, typer.Argument(help="The bundle's folder.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
+    demo: DemoOption = None,
     image: ImageOption = None,
     video: VideoOption = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
@@ -112,6 +125,7 @@ def generate(
     from lcexport.engines.manifest import read_manifest
 
     check_output(out, contact_sheet)
+    bundle, prompt = asked(bundle, prompt, demo)
     check_continuation(
         video, only_new=only_new, cond_frames=cond_frames is not None, no_cache=not cache,
         offload_cache=offload_cache,
@@ -156,3 +170,21 @@ def generate(
     if source.video is not None and not only_new:
         made = joined(source.video, made, graph.job.cond_frames)
     write_video(made, graph.job, out, contact_sheet, as_json)
+
+
+def asked(bundle: Path | None, prompt: str | None, demo: str | None) -> tuple[Path, str]:
+    """The bundle and what it is to show: the ones given, or the demo's.
+
+    Raises:
+        UsageError: both ways at once, or neither whole.
+    """
+    if demo is not None and bundle is None and prompt is None:
+        from lcexport.demo import toy_bundle
+
+        return toy_bundle(), demo
+    if demo is not None or bundle is None or prompt is None:
+        raise UsageError(
+            "what is to be shown, and by what, is not said once",
+            do='Name a bundle and give --prompt; or give --demo "a red circle moves left" alone.',
+        )
+    return bundle, prompt

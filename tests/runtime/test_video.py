@@ -121,10 +121,15 @@ def test_odd_sizes_are_refused(tmp_path):
 
 
 def test_contact_sheet():
-    sheet = make_video().contact_sheet(columns=4, count=8)
-    assert sheet.size == (4 * (48 + 6) + 6, 2 * (32 + 16 + 6) + 6)
+    sheet = make_video(height=32, width=80).contact_sheet(columns=4, count=8)
+    assert sheet.size == (4 * (80 + 6) + 6, 2 * (32 + 16 + 6) + 6)
     assert sheet.getpixel((10, 10)) == (0, 0, 0)  # the first frame
-    assert sheet.getpixel((3 * 54 + 10, 54 + 10)) == (255, 128, 64)  # the last
+    assert sheet.getpixel((3 * 86 + 10, 54 + 10)) == (255, 128, 64)  # the last
+
+
+def test_contact_sheet_shows_small_frames_at_twice_their_size():
+    sheet = make_video(frames=2, height=32, width=64).contact_sheet()
+    assert sheet.size == (2 * (128 + 6) + 6, 64 + 16 + 6 + 6)
 
 
 def test_contact_sheet_shrinks_large_frames_and_repeats_none():
@@ -139,12 +144,12 @@ def test_contact_sheet_needs_a_frame(arguments):
 
 
 def test_rows_of_a_contact_sheet_may_differ_in_size_and_number():
-    frames = make_video(frames=5, height=32, width=48).to_uint8()
+    frames = make_video(frames=5, height=32, width=80).to_uint8()
     wide = make_video(frames=2, height=20, width=100).to_uint8()
     rows = [evenly_spaced(frames, 8, 3, "first"), evenly_spaced(wide, 8, 6, "second")]
     assert [row.labels for row in rows] == [["0.00 s", "0.25 s", "0.50 s"], ["0.00 s", "0.12 s"]]
     sheet = draw_sheet(rows)
-    assert sheet.size == (2 * (100 + 6) + 6, (32 + 32 + 6) + (20 + 32 + 6) + 6)
+    assert sheet.size == (3 * (80 + 6) + 6, (32 + 32 + 6) + (20 + 32 + 6) + 6)
     titles = [np.asarray(sheet)[y : y + 16, 6:60] for y in (6, 76)]
     assert [title.min() < 100 for title in titles] == [True, True]  # something is written there
     assert not np.array_equal(titles[0], titles[1])

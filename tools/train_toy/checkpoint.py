@@ -9,8 +9,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
 from torch import Tensor
 
 from lcexport.checkpoint.names import name_pairs
-from lcexport.demo import write_dit, write_scheduler
+from lcexport.demo import TOY_DIGESTS, write_dit, write_scheduler
 from lcexport.dit.model import LongCatDiT
+from lcexport.engines.files import sha256_of
 from lcexport.engines.folders import new_folder
 from tools.train_toy.latents import Statistics
 from tools.train_toy.text import TextReader
@@ -35,6 +36,14 @@ def write_checkpoint(
         write_scheduler(temporary / "scheduler")
         (temporary / "lora").mkdir()
         copyfile(lora, temporary / "lora" / lora.name)
+        write_digests(temporary)
+
+
+def write_digests(folder: Path) -> None:
+    """Every file's SHA-256, as `sha256sum --check` reads them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = (f"{sha256_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+    (folder / TOY_DIGESTS).write_text("".join(lines), "utf-8")
 
 
 def original_weights(dit: LongCatDiT) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ CONFIG = DiTConfig(
     text_tokens_zero_pad=True,
 )
 SEED = 4
-PLAN = Plan(steps=5000, rate=2e-3, warmup=100, average=0.999)
+PLAN = Plan(steps=2400, rate=2e-3, warmup=100, average=0.999)
 BATCH = 64
 TRAINING_SHIFT = 3.0  # towards noise, as the sampler's 12, but less: each level is to be learnt
 TEXT_DROPOUT = 0.1  # of the captions are empty, for guidance

@@ -1,6 +1,6 @@
 """How often a bundle of the toy shows what it is asked for.
 
-    python -m tools.train_toy.evaluate BUNDLE [--backend NAME] [--prompts 50] [--json FILE]
+    python -m tools.train_toy.evaluate BUNDLE [--backend NAME] [--prompts 50] [--distill]
 
 The prompts are about combinations of colour, shape and direction that training never saw, the same
 ones every time; prompt i is sampled with seed i.
@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parsed()
     options = {
         name: value
-        for name in ("steps", "guidance_scale")
+        for name in ("steps", "guidance_scale", "distill")
         if (value := getattr(arguments, name)) is not None
     }
     with load(arguments.bundle, "toy", arguments.backend, "cpu") as pipe:
@@ -64,6 +64,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--distill", action="store_const", const=True)
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 

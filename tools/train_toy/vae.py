@@ -66,6 +66,13 @@ CLIPS = Stage(
     Plan(steps=900, rate=1e-3, average=0.99, full_rate="time_conv", slower=0.02),
     crops=4, size=32, frames=17, kl=0.0,
 )  # fmt: skip
+# Crops are near the shape: what is far from it, whole frames show. Without them the decoder puts
+# clouds there.
+WHOLE = Stage(
+    "vae-whole",
+    Plan(steps=200, rate=3e-4, average=0.99, full_rate="time_conv", slower=0.2),
+    crops=2, size=64, frames=17, kl=0.0,
+)  # fmt: skip
 
 
 def new_vae() -> AutoencoderKLWan:
@@ -88,6 +95,7 @@ def train_encoder(folder: Path) -> AutoencoderKLWan:
 def train_decoder(vae: AutoencoderKLWan, folder: Path) -> AutoencoderKLWan:
     """The same for what `train_encoder` gave; the finished VAE."""
     train_stage(vae, folder, CLIPS)
+    train_stage(vae, folder, WHOLE)
     return vae.requires_grad_(False).eval()
 
 
