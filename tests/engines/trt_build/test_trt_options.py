@@ -121,8 +121,9 @@ def test_the_compiler_ignores_hardware_compatibility(rtx: Product):
     logger = logger_for(rtx, log)
     config = builder_for(rtx, logger).create_builder_config()
     config.hardware_compatibility_level = rtx.trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    (warning,) = log.warnings
-    assert "HardwareCompatibilityLevel() is unsupported in TensorRT-RTX" in warning
+    said = "HardwareCompatibilityLevel() is unsupported in TensorRT-RTX"
+    # a process with another logger is warned of that, too
+    assert any(said in warning for warning in log.warnings)
 
 
 @pytest.mark.parametrize(
