@@ -41,7 +41,7 @@ def require(backend: str, precision: str, device: torch.device) -> None:
         here = read_here(product, device)
         if product.is_rtx and here.compute_capability not in (known := bf16_targets(product)):
             raise IncompatibleError(
-                f"{product} does not run on this GPU",
+                f"plans of {product} in bfloat16 are not compiled for this GPU",
                 got=f"{here.gpu}, {here.compute_capability}",
                 wanted=f"one of {', '.join(known)}",
                 do="Use --backend tensorrt.",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lcexport.engines.trt.product import TensorRT
 
 CUDA_ERROR = re.compile(r"CUDA_SUCCESS|cudaError|CUDA driver")
-# Where there is no driver, RTX says this after whatever went wrong.
+# Where there is no driver, RTX says this after some errors.
 ECHO = re.compile(r"catchCudaError.*cudaError 35\b")
 OTHERWISE = "Try another optimization_level or version of TensorRT."
 
@@ -67,5 +67,5 @@ def cuda_error(product: Product, options: TrtOptions, what: str, got: str) -> Lc
         f"{what} without a GPU" + (f" with {wishes}" if wishes else ""),
         got=got,
         do=(f"Build without {wishes}, or on" if wishes else "Use")
-        + " a machine with an NVIDIA GPU and its driver.",
+        + " a machine with an NVIDIA GPU and its driver (not tried).",
     )

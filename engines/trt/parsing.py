@@ -59,7 +59,7 @@ def parser_error(
     where = f"node {first.node_name()!r} ({first.node_operator()})" if first.node_name() else "file"
     inside = f" in {' in '.join(stack)}" if stack else ""
     more = f" (and {count - 1} more)" if count > 1 else ""
-    # On a machine without a GPU, each error is followed by another about the missing driver.
+    # On a machine without a GPU, some errors are followed by another about the missing driver.
     lines = [line for line in first.desc().splitlines() if "catchCudaError" not in line]
     return BuildError(
         f"{product} cannot parse {path}: {where}{inside}",

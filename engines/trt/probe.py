@@ -83,10 +83,10 @@ def require_builder(name: ProductName, gpu: str | None = None) -> None:
 def crash(name: str, got: str) -> ProductState:
     """The answer of a child that gave none."""
     error = IncompatibleError(
-        f"{name} crashed while it loaded or made a builder",
+        f"{name} crashed or hung while it loaded or made a builder",
         got=got,
-        do="Its native libraries, the driver and the GPU do not fit each other: try another "
-        "version of one of them.",
+        do="Perhaps its native libraries, the driver and the GPU do not fit each other: try "
+        "another version of one of them.",
     )
     return ProductState(error=error, crashed=True)
 

@@ -1,6 +1,6 @@
 """The timing cache: what the builder measured, kept for the next build on the same GPU.
 
-One file for each GPU and TensorRT version. Several builds may share it: each
+Builds name one file for each version, GPU, driver and platform. Several builds may share it: each
 merges its measurements into what the file holds by then, under a lock, and replaces it whole.
 """
 

@@ -154,7 +154,7 @@ def require_compiler(backend: ProductName, options: BuildOptions) -> None:
         )
     if product.is_rtx and options.device == "cpu" and (trt.refit or trt.strip_plan):
         raise IncompatibleError(
-            f"{product} compiles plans that can be refitted only where a GPU is",
+            f"{product} compiles no plans that can be refitted without a GPU (with one: not tried)",
             do="Use --weights shared, whose weights are exchanged without refitting.",
         )
     cache = options.trt.timing_cache
@@ -273,8 +273,8 @@ def trt_options(backend: ProductName, options: BuildOptions) -> TrtOptions:
     """The build's options, with a timing cache where the product measures kernels.
 
     A graph is the same block again and again: what was measured for one is meant to serve the
-    others, the next segment and the next build (not tried). A cache fits one GPU, driver and
-    version, which name it.
+    others, the next segment and the next build (not tried). A cache is kept for one
+    version, GPU, driver and platform, which name it.
     """
     if backend != "tensorrt" or options.trt.timing_cache is not None or options.device == "cpu":
         return options.trt

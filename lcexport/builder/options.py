@@ -109,7 +109,9 @@ class BuildOptions(BaseModel):
         if self.ep_context and "tensorrt" in self.tensorrt and self.segments != 1:
             raise ValueError("ONNX Runtime's TensorRT provider runs one plan: add --segments 1")
         if self.ep_context and (self.trt.strip_plan or self.trt.version_compatible):
-            raise ValueError("ONNX Runtime fills no stripped plan and runs no plan's own code")
+            raise ValueError(
+                "lcexport has ONNX Runtime fill no stripped plan and run no plan's own code"
+            )
         for compiled in TENSORRT:
             wrapped = self.ep_context and compiled in self.tensorrt
             if f"onnxruntime-{compiled}" in self.engines and not wrapped:

@@ -87,7 +87,7 @@ def opset_violations(model: ir.Model, limits: Limits) -> Iterator[Violation]:
     opset = model.graph.opset_imports.get("")
     if opset is None or opset not in limits.opsets:
         span = f"{limits.opsets.start} to {limits.opsets.stop - 1}"
-        yield Violation(str(model.graph.name), MAIN, "opset", f"opset {opset}; {span} are read")
+        yield Violation(str(model.graph.name), MAIN, "opset", f"opset {opset}; our rule is {span}")
     for function in model.functions.values():
         own = function.opset_imports.get("", opset)
         if own != opset:

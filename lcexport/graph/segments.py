@@ -1,8 +1,8 @@
 """Segments: consecutive runs of blocks, each a graph of its own over the same weights file.
 
-A compiler then holds the weights of one segment at a time, and a small GPU can stream them. The
-main graph is a list of calls, so a segment is a slice of that list. It refers to the functions and
-to the byte ranges of the weights file that the whole graph refers to: nothing is copied.
+A compiler then holds the weights of one segment at a time. The main graph is a list of calls, so a
+segment is a slice of that list. It refers to the functions and to the byte ranges of the weights
+file that the whole graph refers to: nothing is copied.
 
 What flows from one segment to the next keeps its name: `x` is the previous segment's last block,
 text, time and the RoPE tables are the first segment's, and go to every later one.

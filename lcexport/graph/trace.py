@@ -33,7 +33,7 @@ from lcexport.graph.modules import (
 from lcexport.graph.passes import InputsToConstants, ParametersToInputs, clean_function
 from lcexport.graph.sparse import translation_table
 
-OPSET = 23  # the first with Attention; 26 and later are refused by TensorRT's parser
+OPSET = 23  # the first with Attention; NVIDIA documents up to 25
 DOMAIN = "lcexport"
 BULK: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CACHED = ("cached_key", "cached_value")

@@ -202,7 +202,7 @@ def test_other_engines_have_no_plans(demo_checkpoint, options):
         ({"ep_context": True}, "add --backend tensorrt or tensorrt-rtx"),
         (
             {"ep_context": True, "backends": ("tensorrt-rtx",), "trt": {"strip_plan": True}},
-            "fills no stripped plan",
+            "fill no stripped plan",
         ),
         ({"ep_context": True, "backends": ("tensorrt",)}, "runs one plan: add --segments 1"),
         (

@@ -184,8 +184,11 @@ BAD = {
         "STRING",
     ),
     "uint32": (text(ADD, "uint32[4] x", "uint32[4]"), "x is UINT32"),
-    "int32 Relu": (text("y = Relu(x)", "int32[4] x", "int32[4]"), "Relu does not take INT32"),
-    "bfloat16 Mish": (text("y = Mish(x)", "bfloat16[4] x", "bfloat16[4]"), "not take BFLOAT16"),
+    "int32 Relu": (
+        text("y = Relu(x)", "int32[4] x", "int32[4]"),
+        "INT32 is not among the types our rules allow for Relu",
+    ),
+    "bfloat16 Mish": (text("y = Mish(x)", "bfloat16[4] x", "bfloat16[4]"), "BFLOAT16 is not among"),
     "unknown operator": (text("y = Foo(x)", "float[4] x", "float[4]"), "Foo is not an operator"),
     "bitwise": (text("y = BitwiseNot(x)", "int32[4] x", "int32[4]"), "BitwiseNot"),
     "dynamic": (text(ADD, "float[N] x", "float[N]"), r"not known: \[0\]"),
@@ -252,7 +255,7 @@ BAD = {
 STRICTER = {
     "opset 26": (
         text(ADD, "float[4] x", "float[4]", 26),
-        "opset 26; 9 to 25 are read",
+        "opset 26; our rule is 9 to 25",
         "documented to 25; a newer one is read as far as it is understood",
     ),
     "opset 8": (text(ADD, "float[4] x", "float[4]", 8), "opset 8", "documented from 9"),
@@ -267,7 +270,11 @@ STRICTER = {
         "sizes must be known when the graph is built",
     ),
     "int64 input": (text(ADD, "int64[4] x", "int64[4]"), "computed int64", "the same"),
-    "int8": (text(ADD, "int8[4] x", "int8[4]"), "Add does not take INT8", "weights alone are int8"),
+    "int8": (
+        text(ADD, "int8[4] x", "int8[4]"),
+        "INT8 is not among the types our rules allow for Add",
+        "weights alone are int8",
+    ),
     "uint8": (text("y = Cast<to = 1>(x)", "uint8[4] x", "float[4]"), "UINT8", "only to be cast"),
     "mixed power": (
         mixed("Pow(x, z)", output="bfloat16[4,4]"),

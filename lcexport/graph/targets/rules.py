@@ -77,7 +77,7 @@ def type_reasons(node: ir.Node, types: Types) -> Reasons:
     found = type_of(data, types)
     allowed = OPERATORS.get(node.op_type, frozenset())
     if found is not None and found in DATA | STORED and found not in allowed:
-        yield "type", f"{node.op_type} does not take {found.name}"
+        yield "type", f"{found.name} is not among the types our rules allow for {node.op_type}"
     if node.op_type in SAME_TYPES:
         used = {t for value in node.inputs if (t := type_of(value, types)) is not None}
         if len(used) > 1:
