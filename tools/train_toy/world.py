@@ -85,7 +85,7 @@ def choose(options: Sequence[object], generator: torch.Generator) -> int:
 
 
 def placed(scene: Scene, generator: torch.Generator) -> Clip:
-    """A clip in which the shape stays within the picture."""
+    """A clip in which the shape stays in the picture, but for 1.5 pixels of a triangle's ends."""
     radius = SIZES[scene.size]
     x, y = (
         free_start(length, radius, travel, float(torch.rand((), generator=generator)))
@@ -101,9 +101,12 @@ def free_start(length: int, radius: float, travel: float, share: float) -> float
     return first + share * (last - first)
 
 
-def caption(scene: Scene, generator: torch.Generator) -> str:
-    """The colour, the shape and the direction, and each of the rest as often as not."""
-    size, speed, background = (torch.rand(3, generator=generator) < 0.5).tolist()
+def caption(scene: Scene, generator: torch.Generator, *, speed: bool = True) -> str:
+    """The colour, the shape and the direction, and each of the rest as often as not.
+
+    Without `speed` nothing is said of how fast it moves.
+    """
+    size, fast, background = (torch.rand(3, generator=generator) < 0.5).tolist()
     return " ".join(
         [
             "a",
@@ -112,7 +115,7 @@ def caption(scene: Scene, generator: torch.Generator) -> str:
             scene.shape,
             "moves",
             scene.direction,
-            *([scene.speed] if speed else []),
+            *([scene.speed] if fast and speed else []),
             *(["on a", scene.background, "background"] if background else []),
         ]
     )
