@@ -1,5 +1,6 @@
 """Memory of this process and of this machine, read from the kernel (Linux)."""
 
+import ctypes
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+MOST = 2**31 - 1
 RESET_PEAK = "5"  # Documentation/filesystems/proc.rst: resets VmHWM
 
 
@@ -81,9 +84,25 @@ def memory_group(folder: Path, files: tuple[str, str], prefix: str) -> Iterator[
         yield MemoryGroup(int(limit), int(used) - cached)
 
 
+def keep_freed_memory() -> bool:
+    """Have this process's malloc keep what tensors leave, for the next ones: for its whole life.
+
+    glibc gives blocks above 32 MiB back at once, and the kernel maps and clears every page of the
+    next activation anew: 6% of a pass on a processor (docs/performance.md). `release` gives them
+    back. It is for whoever owns the process, as the command line does; returns whether it was done.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    return all(libc.mallopt(what, MOST) == 1 for what in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+
+
 def release() -> None:
     """Give back what nobody holds any more, on the device too, where torch keeps it for itself."""
     gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -69,16 +70,32 @@ class Products:
 def matrix_products(
     config: DiTConfig, rows: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Products]:
-    """The model's own large products, for as many rows as they are still the model's."""
+    """The model's own large products, for as many rows as they are still the model's.
+
+    In float32 on a processor each by torch and by oneDNN: which is the faster depends on the
+    processor, and backends use one or the other.
+    """
     rows = min(rows, MOST_ROWS)
     size, wide = config.hidden_size, config.ffn_hidden
+    onednn = (
+        dtype is torch.float32 and device.type == "cpu" and torch.backends.mkldnn.is_available()
+    )
     for inner, columns in ((size, size), (size, wide), (wide, size)):
-        a = torch.randn(rows, inner, device=device).to(dtype)
-        b = torch.randn(inner, columns, device=device).to(dtype)
+        x = torch.randn(rows, inner, device=device).to(dtype)
+        weight = torch.randn(columns, inner, device=device).to(dtype)
         out = torch.empty(rows, columns, device=device, dtype=dtype)
+        operations = 2 * rows * inner * columns
+        yield repeated(partial(torch.mm, x, weight.t(), out=out), operations)
+        if onednn:
+            linear = torch.ops.mkldnn._linear_pointwise
+            yield repeated(partial(linear, x, weight, None, "none", [], ""), operations)
 
-        def products(a: torch.Tensor = a, b: torch.Tensor = b, out: torch.Tensor = out) -> None:
-            for _ in range(PRODUCTS_PER_TRY):
-                torch.mm(a, b, out=out)
 
-        yield Products(products, PRODUCTS_PER_TRY * 2 * rows * inner * columns)
+def repeated(product: Run, operations: int) -> Products:
+    """One product several times over."""
+
+    def run() -> None:
+        for _ in range(PRODUCTS_PER_TRY):
+            product()
+
+    return Products(run, PRODUCTS_PER_TRY * operations)

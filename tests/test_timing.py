@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcexport import timing
 from lcexport.configs.dit import DiTConfig
@@ -25,19 +26,39 @@ def test_a_run_is_run_once_and_takes_time():
     assert seconds_between(begin, mark(CPU)) > 0
 
 
-def test_products_are_the_models_own(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_the_models_own_by_every_library_that_a_backend_uses(monkeypatch, dtype):
     monkeypatch.setattr(timing, "PRODUCTS_PER_TRY", 3)
-    shapes: list[tuple[int, int, int]] = []
-    monkeypatch.setattr(torch, "mm", lambda a, b, out: shapes.append((*a.shape, b.shape[1])) or out)
     config = DiTConfig(hidden_size=64, num_heads=2)
-    for products in matrix_products(config, 10, torch.float32, CPU):
-        shapes.clear()
-        products.run()
-        assert len(shapes) == 3
-        rows, inner, columns = shapes[0]
-        assert rows == 10
-        assert {inner, columns} <= {64, config.ffn_hidden}
-        assert products.operations == 3 * 2 * rows * inner * columns
+    wide = config.ffn_hidden
+    sizes = ((64, 64), (64, wide), (wide, 64))
+    libraries = ("mm", "linear") if dtype is torch.float32 else ("mm",)
+    expected = [(library, *size) for size in sizes for library in libraries]
+    for products, (library, inner, columns) in zip(
+        matrix_products(config, 10, dtype, CPU), expected, strict=True
+    ):
+        with Recorded() as recorded:
+            products.run()
+        assert len(recorded.calls) == 3
+        name, x, out = recorded.calls[0]
+        assert library in name
+        assert x == (10, inner)
+        assert out == (10, columns)
+        assert products.operations == 3 * 2 * 10 * inner * columns
+
+
+class Recorded(TorchDispatchMode):
+    """The products that torch is asked for: names, and shapes of their first input and output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if out.ndim == 2 and len(args) > 1:
+            self.calls.append((str(func), tuple(args[0].shape), tuple(out.shape)))
+        return out
 
 
 def test_more_rows_than_fit_are_not_multiplied():

@@ -63,6 +63,7 @@ def bench(
     from lcexport.bench.run import Options, outputs_from, regressions
     from lcexport.bench.run import bench as run_bench
     from lcexport.bench.subject import check_names, subject_from
+    from lcexport.engines.host import keep_freed_memory
     from lcexport.show.bench import show_bench
     from lcexport.show.console import show_line
 
@@ -76,6 +77,7 @@ def bench(
     outputs = outputs_from(plot, compare, max_regression)
     backends = names(backend)
     check_names(backends or ())
+    keep_freed_memory()  # as `generate` does
     with ExitStack() as stack:
         if demo:
             backends = backends or ("onnxruntime", "eager")

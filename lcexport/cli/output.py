@@ -77,9 +77,11 @@ def open_pipeline(
     keep_engines: int | None = None,
 ) -> "Pipeline":
     """The bundle at a resolution, with the tasks' engines opened; arguments are the options'."""
+    from lcexport.engines.host import keep_freed_memory
     from lcexport.engines.manifest import read_manifest
     from lcexport.runtime import load
 
+    keep_freed_memory()
     return load(
         bundle,
         resolution,

@@ -1,5 +1,9 @@
 """What the kernel says of memory, where a container has less than the machine."""
 
+import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,3 +107,33 @@ def test_more_in_use_than_allowed_is_none_left(machine):
 
 def test_this_machine():
     assert 0 < available_memory_bytes() <= total_memory_bytes()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives memory back")
+def test_freed_memory_is_kept_when_asked_and_given_back_on_release():
+    freed, kept, released = json.loads(
+        subprocess.check_output([sys.executable, "-c", KEPT], text=True)
+    )
+    assert freed < SIZE / 4
+    assert kept > SIZE * 3 / 4
+    assert released < SIZE / 4
+
+
+SIZE = 256 << 20
+KEPT = f"""
+import json
+from lcexport.engines.host import keep_freed_memory, release, resident_bytes
+import torch
+
+def left():
+    before = resident_bytes()
+    torch.ones({SIZE // 4})
+    return resident_bytes() - before
+
+torch.ones(1)
+freed, before = left(), resident_bytes()
+assert keep_freed_memory()
+kept = left()
+release()
+print(json.dumps([freed, kept, resident_bytes() - before]))
+"""
