@@ -4,7 +4,8 @@
 
 Float32, the sizes of the `bench` preset (3,072 tokens, hidden size 1,024, 8 heads). Each way runs
 once in turn, round after round, on one thread; its speed is of the processor time it took, so that
-what others do on the machine counts little. Medians, in GFLOP/s:
+what others do on the machine counts little. Medians, in GFLOP/s, first with memory as malloc gives
+and takes it, then with freed memory kept, as `lcexport generate` and `bench` keep it:
 
     torch           torch's own product, which eager torch and AOTInductor call
     oneDNN          its product over the weights as they are stored
@@ -12,6 +13,9 @@ what others do on the machine counts little. Medians, in GFLOP/s:
     fused           torch's attention, over each head's own memory
     as projected    over heads as the projections leave them, a token's side by side
     N rows          attention as two torch products and a softmax for every N queries of a head
+    N by oneDNN     the same with oneDNN's products
+    no softmax      the products of that alone: no attention in float32 is faster without faster
+                    products
 """
 
 import argparse
@@ -24,9 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcexport.engines.host import keep_freed_memory
+
 TOKENS, HEADS, WIDTH = 3072, 8, 128
 PRODUCTS = ((1024, 1024), (1024, 2816), (2816, 1024))  # projections, and SwiGLU's two ways
 CHUNKS = (128, 256, 512)
+Matrices = Callable[[Tensor, Tensor], Tensor]
 Way = tuple[Callable[[], Tensor], int]  # and its operations
 
 
@@ -37,10 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.inference_mode():
-        for shape in PRODUCTS:
-            show("{} x {} to {}".format(TOKENS, *shape), products(*shape), asked.rounds)
-        show(f"attention, {HEADS} heads of {WIDTH}", attentions(), asked.rounds)
+        show_all(asked.rounds)
+        print("freed memory kept:" if keep_freed_memory() else "no glibc:")
+        show_all(asked.rounds)
     return 0
+
+
+def show_all(rounds: int) -> None:
+    for shape in PRODUCTS:
+        show("{} x {} to {}".format(TOKENS, *shape), products(*shape), rounds)
+    show(f"attention, {HEADS} heads of {WIDTH}", attentions(), rounds)
 
 
 def products(width: int, out: int) -> dict[str, Way]:
@@ -68,24 +81,44 @@ def attentions() -> dict[str, Way]:
     ways["as projected"] = (as_projected, operations)
     for rows in CHUNKS:
         ways[f"{rows} rows"] = (partial(in_chunks, q, k, v, rows), operations)
+    ways["256 by oneDNN"] = (partial(in_chunks, q, k, v, 256, by_onednn), operations)
+    alone = partial(in_chunks, q, k, v, 256, by_onednn, softmax=False)
+    ways["no softmax"] = (alone, operations)
     return ways
 
 
-def in_chunks(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Tensor:
+def by_torch(x: Tensor, y: Tensor) -> Tensor:
+    """x [M, K] times the transpose of y [N, K]."""
+    return x @ y.t()
+
+
+def by_onednn(x: Tensor, y: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "")
+
+
+def in_chunks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: int,
+    product: Matrices = by_torch,
+    *,
+    softmax: bool = True,
+) -> Tensor:
     """Attention [1, H, N, D] in memory of `rows` x N scores, each row's kept whole."""
     out = torch.empty_like(q)
     for head in range(HEADS):
-        keys = k[0, head].t()
+        keys, values = k[0, head], v[0, head].t().contiguous()
         for first in range(0, TOKENS, rows):
             chunk = slice(first, first + rows)
-            scores = (q[0, head, chunk] @ keys).softmax(-1)
-            torch.mm(scores, v[0, head], out=out[0, head, chunk])
+            scores = product(q[0, head, chunk], keys)
+            out[0, head, chunk] = product(scores.softmax(-1) if softmax else scores, values)
     return out
 
 
 def show(what: str, ways: Mapping[str, Way], rounds: int) -> None:
     """Check that all ways agree, then take turns."""
-    wanted, *others = (run() for run, _ in ways.values())
+    wanted, *others = (run() for name, (run, _) in ways.items() if name != "no softmax")
     for other in others:
         torch.testing.assert_close(other, wanted, rtol=1e-3, atol=1e-3)
     speeds: dict[str, list[float]] = {name: [] for name in ways}
