@@ -66,8 +66,7 @@ def open_engine(
 ) -> TrtEngine:
     """Open the plans of one resolution on a GPU, each plan's SHA-256 checked as it is read.
 
-    Weights outside the plans are as large as the bundle's other large file, and like it hashed only
-    where the bundle was opened so.
+    Weights outside the plans are a large file, hashed only where the bundle was opened so.
 
     With an open engine to be `like`, both use one workspace and, where their plans take them from
     outside, one set of weights; they must not run at the same time.

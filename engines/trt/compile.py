@@ -187,8 +187,9 @@ def require_memory(weights_bytes: int) -> None:
     available = available_memory_bytes()
     if needed > available:
         raise ResourceError(
-            "the build would need more host memory than there is",
+            "the build is likely to need more host memory than there is",
             got=f"{available / 1e9:.1f} GB available",
-            wanted=f"{needed / 1e9:.1f} GB: about 3 times the weights' {weights_bytes / 1e9:.1f}",
+            wanted=f"{needed / 1e9:.1f} GB: 0.5, and about 3 times the weights' "
+            f"{weights_bytes / 1e9:.1f}",
             do="Build in more segments, with --weights shared, or free memory.",
         )

@@ -39,7 +39,7 @@ def build_error(
             got=attention_kinds(network),
             wanted="bfloat16 or float16, at least two queries, at least two heads in all (batch "
             "times heads), of a width that is fused (9 to 256): as far as tried, on RTX 1.7",
-            do="Unfused attention would keep every score in memory, so this is not built.",
+            do="Unfused attention may keep every score in memory, so this is not built.",
         )
     if old := re.search(r"target\(s\) ([\w, ]+), because", said):
         return IncompatibleError(
@@ -64,7 +64,7 @@ def cuda_error(product: Product, options: TrtOptions, what: str, got: str) -> Lc
         return BuildError(f"{what}: CUDA failed", got=got, do=OTHERWISE)
     wishes = " and ".join(name for name in ("strip_plan", "refit") if getattr(options, name))
     return IncompatibleError(
-        f"{what} without a GPU" + (f" with {wishes}" if wishes else ""),
+        f"{what} where torch sees no GPU" + (f" with {wishes}" if wishes else ""),
         got=got,
         do=(f"Build without {wishes}, or on" if wishes else "Use")
         + " a machine with an NVIDIA GPU and its driver (not tried).",

@@ -134,6 +134,8 @@ def rounded(layers: Iterable[EngineLayer]) -> list[EngineLayer]:
 def require_fused(texts: Sequence[str], attentions: Sequence[int]) -> None:
     """Refuse an engine whose plans have fewer fused attentions than attentions.
 
+    A plan that tells no more than names is passed.
+
     Args:
         texts: the inspector's JSON of each plan (`TrtEngine.inspect`).
         attentions: how many each plan must have.
@@ -152,5 +154,5 @@ def require_fused(texts: Sequence[str], attentions: Sequence[int]) -> None:
             "attention is not fused as it must be",
             got="; ".join(wrong),
             wanted="one fused kernel for each attention",
-            do="Unfused attention keeps every score in memory: try another version of TensorRT.",
+            do="Unfused attention may keep every score in memory: try another version of TensorRT.",
         )

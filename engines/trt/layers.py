@@ -63,7 +63,10 @@ def seen_as(kind: type[L], raw: TensorRT.ILayer) -> L:
 
 
 def layers_of(network: TensorRT.INetworkDefinition) -> Iterator[Layer]:
-    """The network's layers in order, each with the ONNX function call it came from."""
+    """The network's layers in order, each with the ONNX function call it came from.
+
+    Where none is told, that of the layer before.
+    """
     place = ""
     for index in range(network.num_layers):
         raw = network.get_layer(index)

@@ -210,7 +210,7 @@ def number_of(device: torch.device) -> int:
 def gpu_of(device: torch.device) -> str | None:
     """A GPU's own name, for CUDA_VISIBLE_DEVICES; None of a processor.
 
-    A part of a GPU (MIG) has no name that torch knows: it is the one by which this process sees it.
+    Of a part of a GPU (MIG) it is the one by which this process sees it (not tried).
     """
     if device.type != "cuda":
         return None

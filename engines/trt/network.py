@@ -4,8 +4,8 @@ By NVIDIA's documentation strong typing keeps the network's types, so this is wh
 asked for: after TensorRT's parser, before its compiler. (RTX 1.7.1 was seen to fold Casts around an
 attention; what an engine computes in, `lcexport verify` measures.) Checked are attention (all of it
 layers that may not be decomposed, none in float32), the norms and roots (float32), every rounding
-to a lower precision (only of finished sums, norms and turned pairs) and the number of each.
-Block-sparse attention is layers of a function of that name, or a plugin: it has rules of its own.
+to a lower precision (only of what `check_rounding` names) and the number of each. Block-sparse
+attention is layers of a function of that name, with or without a plugin: it has rules of its own.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class NetworkCheck:
         self.count("attentions", layer)
 
     def check_sparse(self, layer: Layer, plugin: bool) -> None:
-        """A layer of block-sparse attention: means and softmax float32; or all of it a plugin."""
+        """A layer of block-sparse attention: means float32, and softmax float32 or in a plugin."""
         if layer.kind == "SOFTMAX" and plugin:
             self.refuse(f"{layer} is of the function that the plugin should have replaced")
         if layer.kind in ("SOFTMAX", "REDUCE") and layer.dtypes & LOW:
@@ -244,7 +244,7 @@ class NetworkCheck:
             self.refuse(f"{layer} is not float32", got=", ".join(sorted(layer.dtypes)))
 
     def check_rounding(self, layer: Layer) -> None:
-        """Only an input, a norm, a turned pair, a finished sum or the number 1 may be rounded."""
+        """Only inputs, stored weights, norms, turned pairs, finished sums and 1 may be rounded."""
         if dtype_of(layer.inputs[0]) != "float32" or dtype_of(layer.outputs[0]) not in LOW:
             return
         source = self.origin(layer.inputs[0])

@@ -29,7 +29,7 @@ class TrtOptions(BaseModel):
 
     Attributes:
         workspace_bytes: scratch memory a layer may use; the builder's default where None.
-        optimization_level: 0 (fastest build) to 5 (fastest engine).
+        optimization_level: 0 (shortest build) to 5 (longest search).
         max_aux_streams: streams beside the caller's; 0 takes the least activation memory.
         hardware_compatibility: run on other GPUs than the building one (TensorRT only).
         version_compatible: run with newer versions of TensorRT (TensorRT only).
@@ -105,7 +105,7 @@ def overrides_tf32() -> bool:
 
 
 def refuse_tf32_override() -> None:
-    """Raise IncompatibleError where the environment overrules the flag that `configure` clears.
+    """Raise IncompatibleError where the environment may overrule the flag that `configure` clears.
 
     RTX 1.7.1 builds with TF32 where it is 1, whatever the flag. By NVIDIA's documentation it makes
     kernels where a plan runs, too; whether it asks the environment there was not tried.
@@ -131,7 +131,7 @@ def configure(
     refuse_tf32_override()
     trt = product.trt
     config = builder.create_builder_config()
-    # On by default: it would round the inputs of float32 products to ten bits of mantissa.
+    # On by default: it lets inputs of float32 products be rounded to ten bits of mantissa.
     config.clear_flag(trt.BuilderFlag.TF32)
     # Without it the engine's inspector cannot name the attention kernels.
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -219,5 +219,5 @@ def targets(product: Product) -> dict[str, TensorRT.ComputeCapability]:
 
 
 def bf16_targets(product: Product) -> tuple[str, ...]:
-    """Those of `targets` that have bfloat16, and so run what this project compiles."""
+    """Those of `targets` that have bfloat16, and so can be compiled for."""
     return tuple(name for name in targets(product) if int(name.removeprefix("sm")) >= AMPERE)

@@ -75,5 +75,5 @@ def parser_advice(reason: str) -> str:
     if "Failed to parse the ONNX model" in reason:
         return "The file is damaged or cut short: export it again."
     if "same" in reason and "type" in reason:
-        return "Types are never mixed silently: the graph needs a Cast in front of this node."
+        return "This operation does not mix types: the graph needs a Cast in front of this node."
     return "The graph needs another form of this operation."

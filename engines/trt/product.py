@@ -2,7 +2,7 @@
 
 What we use of the API is the same in both modules, but for compute capabilities, what CUDA graphs
 need and plugins (`tests/tensorrt_api`); what differs is said by `Product`, and asked of the module
-itself where it can be. Everything in this package is handed a product and imports neither.
+itself where it can be. Nothing else in this package imports either by name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ProductName = Literal["tensorrt", "tensorrt-rtx"]
 KEPT_MESSAGES = 20
-# Said once for each node of each call of a function after the first: no fault of the graph's.
+# Said of nodes of a function that is called more than once: no fault of the graph's.
 REPEATED_NODE = re.compile(r"A node named .* already exists")
 
 
@@ -34,7 +34,8 @@ class Offer:
     """What we know of a product before it is imported.
 
     Attributes:
-        modules: the product's own, and that of its bindings, which do for themselves.
+        modules: the product's own, and that of its bindings, which do without it but for
+            plugins.
         libraries: the native ones that the bindings are linked to, without `.so.<major>`.
         install: the command that gets the whole product.
     """
@@ -173,7 +174,7 @@ def version_from(text: str) -> tuple[int, ...]:
 class MessageLog:
     """The latest messages of each severity that matters; handed on as they come.
 
-    The builder logs from several threads; appending to a deque needs no lock.
+    The builder may log from several threads; appending to a deque needs no lock.
     """
 
     def __init__(self, on_message: Callable[[str, str], None] | None = None) -> None:

@@ -45,7 +45,7 @@ class Progress:
         self._cancel = cancel or (lambda: False)
         self._phases: dict[str, Phase] = {}
         self._reported = (-1.0, "")
-        self._lock = threading.RLock()  # phases run, and report, on several threads
+        self._lock = threading.RLock()  # phases may run, and report, on several threads
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
         with self._lock:

@@ -1,9 +1,9 @@
 """New weights in an open engine, by the names they have in the bundle's one weights file.
 
-A graph's initialisers carry the names of the checkpoint's tensors, and a refittable plan keeps
-them. Every weight is set each time, so that base, then A, then base again should be the base,
-exactly; no GPU has run it. Tensors of a safetensors file are mapped: nothing is read before
-TensorRT or the device copies it.
+A graph's initialisers carry the names of that file's tensors, and a refittable plan keeps them.
+Every weight is set each time, so that base, then A, then base again should be the base, exactly; no
+GPU has run it. Tensors of a safetensors file are mapped: nothing is read before TensorRT or the
+device copies it.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def require_all(wanted: Collection[str], weights: Mapping[str, torch.Tensor]) ->
 
 
 def trt_dtype(trt: TensorRT, dtype: torch.dtype) -> TensorRT.DataType:
-    """TensorRT's name of torch's type. IntegrityError where it has none."""
+    """TensorRT's name of torch's type. IntegrityError for one that is not refitted."""
     known = {
         torch.float32: trt.DataType.FLOAT,
         torch.float16: trt.DataType.HALF,
@@ -101,7 +101,7 @@ def trt_dtype(trt: TensorRT, dtype: torch.dtype) -> TensorRT.DataType:
         torch.bool: trt.DataType.BOOL,
     }
     if dtype not in known:
-        raise IntegrityError("a weight of a type that no engine takes", got=dtype)
+        raise IntegrityError("a weight of a type that is not refitted", got=dtype)
     return known[dtype]
 
 

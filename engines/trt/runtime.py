@@ -1,14 +1,15 @@
 """The TensorRT engine: plans in, velocities out, nothing through the host in between.
 
 An engine is a chain of steps (`steps`): a step's outputs feed later steps by name, from the
-workspace, and what no step makes is the engine's input. Scratch comes from the workspace as well. A
-run binds addresses and queues kernels on the workspace's stream; that stream waits for the caller's
-and the caller's for it, and the host waits for neither.
+workspace, and what no step makes is the engine's input. Scratch comes from there as well, unless
+`steps.make_context` says otherwise. A run binds addresses and queues kernels on the workspace's
+stream; that stream waits for the caller's and the caller's for it. We make the host wait for
+neither, but for recording a CUDA graph; by NVIDIA's documentation streamed weights make it wait.
 
 Weights are inside the plans, or outside: then they are tensors on the device that several engines,
 one for each resolution, use together.
 
-TensorRT and TensorRT for RTX have the same calls here.
+TensorRT and TensorRT for RTX have the same calls here, but for `is_stream_capturable`.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class TrtEngine:
         return tuple(spec for spec in specs if spec.name in self.shared_weights.tensors)
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """See `lcexport.engines.Engine.run`. Returns once the work is queued.
+        """See `lcexport.engines.Engine.run`. Queues the work.
 
         Raises:
             IncompatibleError: it was to be recorded as a CUDA graph, and the plans cannot be.

@@ -192,7 +192,7 @@ def require_capturable(contexts: Sequence[Context], stream: int) -> None:
             raise IncompatibleError(
                 "a plan cannot be recorded as a CUDA graph",
                 got=f"is_stream_capturable returned False for plan {index} of {len(contexts)}",
-                wanted="plans that allocate nothing while they run: built without weight_streaming",
+                wanted="plans that can be recorded: perhaps built without weight_streaming",
                 do="Open the engine without cuda_graph, or build it anew.",
             )
 

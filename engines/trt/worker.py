@@ -151,7 +151,7 @@ def child_environment(gpu: str | None = None) -> dict[str, str]:
 
 
 def compiler_environment(gpu: str | None = None) -> dict[str, str]:
-    """`child_environment` without a wish for TF32, which would overrule the builder's flag."""
+    """`child_environment` without a wish for TF32, which overrules RTX 1.7.1's flag."""
     environment = child_environment(gpu)
     if overrides_tf32():
         del environment[TF32_OVERRIDE]
@@ -286,7 +286,7 @@ def plan_report(request: dict[str, Any], graph: bytes, answer: Answer) -> object
 def serve(work: Callable[[dict[str, Any], bytes, Answer], object]) -> NoReturn:
     """A child: one request from standard input, lines of JSON to standard output."""
     requests, answers = sys.stdin.buffer, private_stdout()
-    lock = threading.Lock()  # messages come from a compiler's threads
+    lock = threading.Lock()  # messages may come from a compiler's threads
 
     def answer(kind: str, value: object) -> None:
         with lock:

@@ -62,7 +62,7 @@ def test_a_refittable_plan_needs_a_gpu_and_says_so(
     if Path("/dev/nvidiactl").exists():
         pytest.skip("this machine has a GPU")
     names = list(ir.load(dit_graph).graph.initializers)
-    with pytest.raises(IncompatibleError, match=f"without a GPU with {wish}; .*Build without"):
+    with pytest.raises(IncompatibleError, match=f"sees no GPU with {wish}; .*Build without"):
         compile_dit(**{wish: True}, refittable=names)
     assert not list(tmp_path.iterdir())
 
@@ -188,7 +188,7 @@ ECHO = "[checkMacros.cpp::catchCudaError::250] Error Code 1: Cuda Runtime (cudaE
         ("tensorrt", None, {}, BuildError, r"CUDA failed; got \[myelin\].*\(700\)"),
         ("tensorrt", "no driver", {}, BuildError, "CUDA failed"),
         ("tensorrt-rtx", None, {"refit": True}, BuildError, "CUDA failed"),
-        ("tensorrt-rtx", "no driver", {}, IncompatibleError, r"without a GPU; .*\. Use a machine"),
+        ("tensorrt-rtx", "no driver", {}, IncompatibleError, r"sees no GPU; .*\. Use a machine"),
         (
             "tensorrt-rtx",
             "no driver",

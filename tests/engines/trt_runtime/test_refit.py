@@ -65,7 +65,7 @@ def test_a_weight_that_is_missing(open_engine, base):
     [
         (torch.Tensor.half, "proj.bias does not fit.*HALF; wanted.*FLOAT"),
         (lambda bias: bias[:3], "proj.bias does not fit the engine; got 3 x"),
-        (torch.Tensor.double, "a type that no engine takes; got torch.float64"),
+        (torch.Tensor.double, "a type that is not refitted; got torch.float64"),
     ],
 )
 def test_a_weight_that_does_not_fit(open_engine, velocity, base, change, match):
