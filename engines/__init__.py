@@ -99,7 +99,7 @@ class Engine(Protocol):
     def outputs(self) -> tuple[TensorSpec, ...]: ...
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """Compute `outputs` from `inputs`, in place, without copying either.
+        """Fill `outputs` from `inputs`, in place.
 
         Every tensor is contiguous, on `device`, and has the shape and dtype of its spec.
         """

@@ -235,8 +235,8 @@ def placed(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def on_gpu(device: torch.device) -> Iterator[None]:
-    """Work goes to this GPU; float32 products and convolutions stay float32, whatever the process
-    has chosen.
+    """Work goes to this GPU; float32 products and convolutions are asked to stay float32, whatever
+    the process has chosen (not run; with NVIDIA_TF32_OVERRIDE not tried).
     """
     # torch's stubs do not know the second
     kinds: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # pyright: ignore[reportAttributeAccessIssue]

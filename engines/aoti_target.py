@@ -16,7 +16,7 @@ from lcexport.engines.trt.reader import refuse_differences, this_platform
 
 BACKEND = "aotinductor"
 CPUINFO = Path("/proc/cpuinfo")
-# Of x86's flags those that a compiler may turn into instructions; ARM's name nothing else.
+# Of x86's flags those that a compiler may turn into instructions; of ARM's all are taken.
 INSTRUCTIONS = re.compile(r"(s?sse|avx|amx|fma|f16c|bmi|abm|movbe|popcnt|v?aes|v?pclmul|gfni|adx)")
 
 

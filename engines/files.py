@@ -1,4 +1,4 @@
-"""How every file of this project comes to be: temporary name, fsync, rename; never over another.
+"""How files come to be: temporary name, fsync, rename; over another only where asked.
 
 A reader therefore sees a whole file under its final name, or none.
 """
@@ -52,7 +52,10 @@ def refuse_existing(*paths: Path) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Rename without overwriting: link fails where the name is taken, rename would not."""
+    """Rename without overwriting: link fails where the name is taken, rename would not.
+
+    Where there are no hard links it is a plain rename.
+    """
     try:
         os.link(temporary, path)
     except FileExistsError as error:
@@ -60,7 +63,7 @@ def publish(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
             raise
-        temporary.rename(path)  # a file system without hard links
+        temporary.rename(path)
 
 
 def write_bytes(path: Path, data: bytes, *, replace: bool = False) -> None:

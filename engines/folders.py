@@ -1,4 +1,4 @@
-"""How every folder of this project comes to be: locked while it grows, renamed when it is whole."""
+"""How folders come to be whole: locked while they grow, renamed when they are done."""
 
 import fcntl
 import glob

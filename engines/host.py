@@ -88,8 +88,8 @@ def keep_freed_memory() -> bool:
     """Have this process's malloc keep what tensors leave, for the next ones: for its whole life.
 
     glibc gives blocks above 32 MiB back at once, and the kernel maps and clears every page of the
-    next activation anew: 6% of a pass on a processor (docs/performance.md). `release` gives them
-    back. It is for whoever owns the process, as the command line does; returns whether it was done.
+    next activation anew (docs/performance.md). `release` gives them back. It is for whoever owns
+    the process, as the command line does. Returns whether it was done.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):

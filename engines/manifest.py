@@ -70,7 +70,7 @@ class AddedRecord(Frozen):
 class GraphRecord(Frozen):
     """One graph: what it computes, its file, and the proof that it keeps the precision.
 
-    `fused` is the same graph for ONNX Runtime on processors, which compute float32 alone.
+    `fused` is the same graph for ONNX Runtime on processors; graphs in float32 alone have one.
     """
 
     file: str

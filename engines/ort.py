@@ -237,7 +237,8 @@ def run_options(backend: str, given: Mapping[str, object], device: str) -> OrtOp
 def graph_file(record: GraphRecord, device: str | torch.device) -> str:
     """The graph that ONNX Runtime runs on `device`: on processors the one of fused operations.
 
-    On CUDA its `Attention` is fused by itself; on processors it would keep all N x N scores.
+    On CUDA, by ONNX Runtime's source, `Attention` has fused kernels (not run); on processors it
+    would keep all N x N scores.
     """
     if torch.device(device).type == "cuda":
         return record.file

@@ -5,9 +5,9 @@
     onnxruntime-tensorrt-rtx   NvTensorRTRTXExecutionProvider, over the plans of `tensorrt-rtx`
 
 The last two get plans wrapped in an EPContext model and never a graph to compile: what TensorRT's
-provider compiles is weakly typed and may use TF32, and there is no option against either, so that
-float32 would not stay float32 (docs/onnxruntime.md). Options of compiling and its caches would have
-no effect and are not set. What the options mean is from ONNX Runtime's documentation and sources:
+provider compiles (onnxruntime-gpu 1.31.1, with TensorRT 10) is weakly typed and may use TF32, and
+there is no option against either, so that float32 would not stay float32 (docs/onnxruntime.md).
+Options of compiling and its caches would have no effect and are not set. What the options mean is from ONNX Runtime's documentation and sources:
 no provider but the CPU's ever computed anything.
 """
 
@@ -37,7 +37,7 @@ TENSORRT = PROVIDERS["tensorrt"]
 TENSORRT_RTX = PROVIDERS["tensorrt-rtx"]
 PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}  # in onnxruntime-gpu: a library each
-# The names a library was linked with stand in its head, long before any code or data.
+# Assumed to hold the names that ONNX Runtime's libraries were linked with: later ones are not seen.
 LINKAGE_BYTES = 64 << 10
 TENSORRT_LIBRARY = re.compile(r"lib(?:nvinfer\w*|nvonnxparser)\.so\.(\d+)")
 LINKED = re.compile(rb"lib(?:cu|nv)\w+\.so\.\d+")
@@ -73,7 +73,7 @@ def options_of(provider: str, device: torch.device, stream: int) -> dict[str, st
     options = {"device_id": str(device.index), "user_compute_stream": str(stream)}
     if provider == CUDA:
         options["use_tf32"] = "0"  # on by default: it would round float32 products to 10 bits
-        # By default each request is rounded up to a power of two: 28 GB of weights, to 32.
+        # By default the arena grows by regions that double.
         options["arena_extend_strategy"] = "kSameAsRequested"
     return options
 

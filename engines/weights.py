@@ -86,7 +86,7 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
 def will_need(weights: Iterable[torch.Tensor]) -> None:
     """Have the system read mapped tensors before they are touched, many requests at a time.
 
-    It returns at once. Without it a pass over weights that are not in memory waits for page after
+    Without it a pass over weights that are not in memory waits for page after
     page. It is advice: of tensors that are no mapped file nothing is read, and nothing fails.
     """
     advise = ctypes.CDLL(None).madvise  # Python's own wants the mapping, and not its tensors

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CUDA_ERROR = re.compile(r"CUDA_SUCCESS|cudaError|CUDA driver")
 # Where there is no driver, RTX says this after some errors.
 ECHO = re.compile(r"catchCudaError.*cudaError 35\b")
-OTHERWISE = "Try another optimization_level or version of TensorRT."
+OTHERWISE = "Try another version of TensorRT, or another optimization_level."
 
 
 def build_error(

@@ -40,7 +40,7 @@ SHOWN_MESSAGES = 3
 PLAN = "plan"
 ADVICE = (  # to one whose compiler was killed, or crashed
     "Build in more segments, which need less memory each, or free some.",
-    "Try another optimization_level, or another version of TensorRT.",
+    "Try another version of TensorRT, or another optimization_level.",
 )
 FIELDS = ("what", "got", "wanted", "do")
 Answer = Callable[[str, object], None]  # (kind of line, its value)
