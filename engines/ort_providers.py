@@ -7,8 +7,8 @@
 The last two get plans wrapped in an EPContext model and never a graph to compile: what TensorRT's
 provider compiles (onnxruntime-gpu 1.31.1, with TensorRT 10) is weakly typed and may use TF32, and
 there is no option against either, so that float32 would not stay float32 (docs/onnxruntime.md).
-Options of compiling and its caches would have no effect and are not set. What the options mean is from ONNX Runtime's documentation and sources:
-no provider but the CPU's ever computed anything.
+Options of compiling and its caches would have no effect and are not set. What the options mean is
+from ONNX Runtime's documentation and sources: no provider but the CPU's ever computed anything.
 """
 
 import importlib.util
