@@ -92,8 +92,8 @@ class AotiEngine:
         self._loaders = [load_package(package, device, rebuild) for package in packages]
 
     def run(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
-        """See `lcexport.engines.Engine.run`; the outputs are copied once. On CUDA it returns once
-        the work is queued, on the caller's stream.
+        """See `lcexport.engines.Engine.run`; the outputs are copied once. On CUDA it is meant to
+        return once the work is queued, on the caller's stream (not run).
         """
         if not self._loaders:
             raise UsageError("the engine is closed")
@@ -177,8 +177,8 @@ def open_engine(
 def load_package(package: PlanFile, device: torch.device, rebuild: str) -> AOTIModelPackageLoader:
     """A package's code, loaded from a private copy of the bytes that were checked.
 
-    One runner and no locks of its own: an engine is one thread's, and with locks each block would
-    wait for the one before on the GPU.
+    One runner and no locks of its own: an engine is one thread's, and by torch's source the host
+    would, with locks, wait for each block on the GPU.
     """
     index = -1 if device.index is None else device.index
     with tempfile.TemporaryDirectory(prefix="lcexport-") as folder:

@@ -14,9 +14,9 @@ from lcexport.engines.manifest import WEIGHTS, CallRecord, EngineRecord
 from lcexport.engines.trt.memory import CudaOps, Workspace, missing_gpu
 from lcexport.engines.trt.options import bf16_targets, refuse_tf32_override
 from lcexport.engines.trt.product import Product, open_product
-from lcexport.engines.trt.reader import BuiltFor, Here, PlanFile, read_here
+from lcexport.engines.trt.reader import BuiltFor, Here, PlanFile, check_target, read_here
 from lcexport.engines.trt.rebuild import rebuild_command
-from lcexport.engines.trt.runtime import RunOptions, TrtEngine, open_plans
+from lcexport.engines.trt.runtime import RunOptions, TrtEngine
 from lcexport.engines.trt.steps import Call
 from lcexport.engines.weights import SharedWeights, map_weights, shared_weights
 
@@ -121,8 +121,15 @@ def engine_from(
     like: TrtEngine | None = None,
     options: RunOptions | None = None,
 ) -> TrtEngine:
-    """The engine of a bundle's plans, in a workspace."""
+    """The engine of a bundle's plans, in a workspace.
+
+    Raises:
+        IncompatibleError: built elsewhere; names the fields and the command that rebuilds.
+    """
     record = engine_record(bundle, product.name, resolution)
+    built = built_for(record)
+    rebuild = rebuild_command(bundle.manifest, product.name, resolution, here.compute_capability)
+    check_target(built, here, rebuild)
     weights, options = SharedWeights(), options or RunOptions()
     if record.calls:
         given = like.shared_weights if like else None
@@ -130,16 +137,14 @@ def engine_from(
     elif record.options["strip_plan"] or (bundle.manifest.baked and record.options["refit"]):
         # Others hold the bundle's weights; these hold none, or those from before the LoRAs.
         options = replace(options, weights=map_weights(bundle.path(WEIGHTS)))
-    return open_plans(
+    return TrtEngine(
         product,
         plan_files(bundle, record),
-        built_for(record),
-        here,
         workspace,
-        rebuild=rebuild_command(bundle.manifest, product.name, resolution, here.compute_capability),
-        options=options,
+        options,
         calls=[call_from(record, call) for call in record.calls] or None,
         shared_weights=weights,
+        host_code=built.version_compatible,
     )
 
 

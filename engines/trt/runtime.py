@@ -26,11 +26,8 @@ from lcexport.engines import TensorSpec
 from lcexport.engines.trt.memory import ALIGNMENT, Workspace, aligned, place
 from lcexport.engines.trt.product import Product, runtime_for, shared_logger
 from lcexport.engines.trt.reader import (
-    BuiltFor,
-    Here,
     PlanFile,
     VerifiedPlan,
-    check_target,
     deserialize,
 )
 from lcexport.engines.trt.refit import overwrite, refit_from_weights
@@ -59,35 +56,6 @@ class Bound:
     base: int = 0
     places: dict[str, int] = field(default_factory=dict)
     replay: Callable[[], None] | None = None
-
-
-def open_plans(
-    product: Product,
-    plans: Sequence[PlanFile],
-    built: BuiltFor,
-    here: Here,
-    workspace: Workspace,
-    *,
-    rebuild: str,
-    options: RunOptions | None = None,
-    calls: Sequence[Call] | None = None,
-    shared_weights: SharedWeights | None = None,
-) -> TrtEngine:
-    """Open plans that were built for what is here; `TrtEngine` says the rest.
-
-    Raises:
-        IncompatibleError: built elsewhere; names the fields and the command that rebuilds.
-    """
-    check_target(built, here, rebuild)
-    return TrtEngine(
-        product,
-        plans,
-        workspace,
-        options,
-        calls=calls,
-        shared_weights=shared_weights,
-        host_code=built.version_compatible,
-    )
 
 
 class TrtEngine:

@@ -40,7 +40,8 @@ SHOWN_MESSAGES = 3
 PLAN = "plan"
 ADVICE = (  # to one whose compiler was killed, or crashed
     "Build in more segments, which need less memory each, or free some.",
-    "Try another version of TensorRT, or another optimization_level.",
+    "Try another version of TensorRT: in a report of such a crash (NVIDIA/TensorRT#4842) another "
+    "optimization_level did not help.",
 )
 FIELDS = ("what", "got", "wanted", "do")
 Answer = Callable[[str, object], None]  # (kind of line, its value)

@@ -211,6 +211,7 @@ BAD = {
     "attention, values of another type": (attention(v_dtype="float"), "differ in type"),
     "attention, one head": (attention(q="1,1,16,64", k="1,1,16,64"), "one head"),
     "attention, one query": (attention(q="1,2,1,64", k="1,2,16,64"), "one query"),
+    "attention, one query, three heads": (attention(q="1,3,1,64", k="1,3,16,64"), "one query"),
     "attention, one head, one query": (attention(q="2,1,1,64", k="2,1,16,64"), "one query"),
     "attention, past": (
         attention(

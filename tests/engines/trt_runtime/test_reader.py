@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lcexport.configs.errors import IncompatibleError, IntegrityError
-from lcexport.engines.trt import reader
 from lcexport.engines.trt.reader import (
     BuiltFor,
     Here,
@@ -17,7 +16,7 @@ from lcexport.engines.trt.reader import (
     read_here,
     stream_reader,
 )
-from lcexport.engines.trt.runtime import TrtEngine, open_plans
+from lcexport.engines.trt.runtime import TrtEngine
 
 BUILT = BuiltFor(
     product="tensorrt",
@@ -111,15 +110,6 @@ class TestTarget:
     def test_what_does_not(self, built, here):
         with pytest.raises(IncompatibleError, match="built elsewhere"):
             check_target(replace(BUILT, **built), replace(HERE, **here), REBUILD)
-
-    def test_it_is_asked_before_the_file(self, product, workspace, never_deserialized):
-        gone = PlanFile(reader.Path("/nowhere"), 1, "0" * 64)
-        with pytest.raises(IncompatibleError, match="another GPU"):
-            open_plans(product, [gone], BUILT, replace(HERE, gpu="T4"), workspace, rebuild=REBUILD)
-
-    def test_plans_that_fit_are_opened(self, product, workspace, make_plans, velocity):
-        with open_plans(product, make_plans(3), BUILT, HERE, workspace, rebuild=REBUILD) as engine:
-            assert velocity(engine).isfinite().all()
 
     def test_no_gpu(self, product, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

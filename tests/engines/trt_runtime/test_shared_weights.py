@@ -17,6 +17,7 @@ from lcexport.engines import weights as weights_module
 from lcexport.engines.bundle import Bundle
 from lcexport.engines.manifest import FileRecord, read_manifest
 from lcexport.engines.ort import OrtEngine
+from lcexport.engines.trt import backend
 from lcexport.engines.trt.backend import engine_from, run_options
 from lcexport.engines.trt.memory import Workspace
 from lcexport.engines.trt.runtime import RunOptions
@@ -80,7 +81,11 @@ def test_integers_are_handed_in_as_they_are_stored(demo_checkpoint, product, wor
         torch.testing.assert_close(run_branch(engine, golden, "cond"), wanted)
 
 
-def test_plans_that_were_built_elsewhere_say_how_to_build_the_same_here(bundle, product, workspace):
+def test_plans_that_were_built_elsewhere_say_how_to_build_the_same_here(
+    bundle, product, workspace, monkeypatch
+):
+    monkeypatch.setattr(backend, "shared_weights", None)  # nothing is put on the device before
+    monkeypatch.setattr(backend, "TrtEngine", None)  # nor a plan opened
     other = replace(HERE, gpu="another double")
     match = "another GPU; .*Rebuild it here: lcexport build .*--device cuda --weights shared -o NEW"
     with pytest.raises(IncompatibleError, match=match):
