@@ -5,12 +5,13 @@ Frames are float32 [F, H, W, 3] in 0..1.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tools.train_toy.world import (
+    ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
@@ -26,7 +27,6 @@ LEAST_PIXELS = 25.0  # covered in a frame, or there is nothing to see
 LEAST_FIT = 0.7  # overlap with the best shape, or it is none of them
 LEAST_SPEED = 0.3  # pixels a frame, or it stands still
 RADII = torch.arange(6.0, 16.5, 0.5)
-ATTRIBUTES = tuple(field.name for field in fields(Scene))
 
 
 @dataclass(frozen=True)
