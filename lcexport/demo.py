@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from lcexport import __version__
 from lcexport.checkpoint import copy_folder, expected_tensors
 from lcexport.configs.dit import DiTConfig
-from lcexport.configs.errors import ResourceError, UsageError
+from lcexport.configs.errors import LockedError, ResourceError, UsageError
 from lcexport.configs.presets import preset_from
 from lcexport.engines.files import resource_errors
 from lcexport.engines.folders import cache_folder, new_folder
@@ -58,6 +58,7 @@ SIBLINGS: dict[str, Sibling] = {
 }
 TOY = Path(__file__).parent / "toy"
 TOY_DIGESTS = "SHA256SUMS"  # of its files
+TOY_PRESET = "toy"
 SHARDS = 2
 SPECIAL = ("<pad>", "</s>", "<unk>")
 PIECES = "▁ " + "".join(chr(code) for code in range(33, 127))
@@ -104,27 +105,35 @@ def write_sibling(folder: Path, sibling: Sibling) -> None:
 def toy_bundle() -> Path:
     """The toy's bundle for text, images and continuation, made once in the user's cache folder.
 
-    $XDG_CACHE_HOME/lcexport, or ~/.cache/lcexport. Another toy's has another name.
+    $XDG_CACHE_HOME/lcexport, or ~/.cache/lcexport. Another toy's, or preset's, has another name.
 
     Raises:
+        LockedError: another process is making it.
         LcexportError: it cannot be built there.
     """
     from lcexport.builder import BuildOptions, build
     from lcexport.builder.staging import staging_folder
 
-    name = hashlib.sha256((TOY / TOY_DIGESTS).read_bytes()).hexdigest()[:12]
+    preset = preset_from(TOY_PRESET)
+    made_of = (TOY / TOY_DIGESTS).read_bytes() + preset.model_dump_json().encode()
+    name = hashlib.sha256(made_of).hexdigest()[:12]
     output = cache_folder("toy") / f"{__version__}-{name}"
-    if not output.exists():
-        build(
-            BuildOptions(
-                model=TOY,
-                output=output,
-                presets=(preset_from("toy"),),
-                tasks=("t2v", "i2v", "vc"),
-                cond_frames=5,
-                resume=staging_folder(output).exists(),  # what a killed one left
-            )
-        )
+    if output.exists():
+        return output
+    options = BuildOptions(
+        model=TOY,
+        output=output,
+        presets=(preset,),
+        tasks=("t2v", "i2v", "vc"),
+        cond_frames=5,
+        resume=staging_folder(output).exists(),  # what a killed one left
+    )
+    try:
+        build(options)
+    except LockedError as error:
+        raise LockedError(
+            f"another process is making the demo's bundle, {output}", do="Try again in a minute."
+        ) from error
     return output
 
 

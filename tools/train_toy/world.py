@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -97,10 +98,11 @@ class Clip:
         return self.x + x * frame, self.y + y * frame
 
 
-def scenes(*, held: bool) -> list[Scene]:
+@cache  # it is asked for every caption
+def scenes(*, held: bool) -> tuple[Scene, ...]:
     """Every scene that training sees, or every one that it does not."""
     grid = itertools.starmap(Scene, itertools.product(*ATTRIBUTES.values()))
-    return [scene for scene in grid if scene.held == held]
+    return tuple(scene for scene in grid if scene.held == held)
 
 
 def choose(options: Sequence[object], generator: torch.Generator) -> int:
