@@ -23,7 +23,7 @@ from tools.train_toy.world import caption, render, scenes
 CLIPS = 6
 EXACT = ("time_embedder.", "final_layer.")  # and every adaLN
 BULK = {"self_attn", "cross_attn", "ffn"}
-SMALL_STAGE = replace(vae.CLIPS, plan=replace(vae.CLIPS.plan, steps=4), crops=1, size=16)
+SMALL_STAGE = replace(vae.CLIPS, plan=replace(vae.CLIPS.plan, steps=4), crops=1, size=16, frames=5)
 
 
 @pytest.fixture(scope="module")

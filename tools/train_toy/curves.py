@@ -6,7 +6,7 @@ from pathlib import Path
 from tools.train_toy.training import read_log
 
 PARTS = ("text", "vae-pictures", "vae-clips", "vae-whole", "dit", "lora")
-POINTS = 15  # of a curve, or up to twice as many; fewer only where its log has fewer lines
+POINTS = 10  # of a curve, or up to twice as many; fewer only where its log has fewer lines
 
 
 def main(folder: Path, picture: Path) -> None:
