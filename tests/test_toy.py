@@ -221,7 +221,7 @@ def test_a_mistake_lowers_the_score(eager, right, mistake, monkeypatch):
 def test_latents_that_are_not_denormalised_are_seen_in_the_frames(eager, right, monkeypatch):
     """Most of their shapes can still be told, so that the score falls by little."""
     monkeypatch.setattr(lcexport.runtime.vae, "denormalize", lambda latents, mean, std: latents)
-    assert differences(videos(eager), right).mean() > 0.015  # 0.031
+    assert differences(videos(eager, 3), right).mean() > 0.015  # 0.034
 
 
 def test_at_a_high_scale_plain_guidance_blurs_shapes_more_than_zero_guidance(eager, monkeypatch):
