@@ -44,7 +44,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     total = counts.total()
     words = {f"▁{word}": math.log(count / total) for word, count in sorted(counts.items())}
     letters = dict.fromkeys(("▁", *map(chr, range(33, 127))), RARE)
-    return fast_tokenizer(letters | words)
+    return fast_tokenizer(letters | words)  # a word of one letter counts as a word
 
 
 def new_encoder(vocabulary: int) -> UMT5EncoderModel:

@@ -122,6 +122,7 @@ class Training:
             self.finish(loss_at)
 
     def finish(self, loss_at: Callable[[int], dict[str, Tensor]]) -> None:
+        """The steps that are left."""
         seconds = time.perf_counter()
         while not self.done:
             parts = loss_at(self.step)
