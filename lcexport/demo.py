@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -19,10 +20,13 @@ from safetensors.torch import save_file
 from lcexport import __version__
 from lcexport.checkpoint import copy_folder, expected_tensors
 from lcexport.configs.dit import DiTConfig
-from lcexport.configs.errors import ResourceError, UsageError
+from lcexport.configs.errors import LockedError, ResourceError, UsageError
 from lcexport.configs.presets import preset_from
 from lcexport.engines.files import resource_errors
 from lcexport.engines.folders import cache_folder, new_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, UMT5Config
 
 SEED = 7
 CONFIG = DiTConfig(
@@ -54,7 +58,9 @@ SIBLINGS: dict[str, Sibling] = {
 }
 TOY = Path(__file__).parent / "toy"
 TOY_DIGESTS = "SHA256SUMS"  # of its files
+TOY_PRESET = "toy"
 SHARDS = 2
+SPECIAL = ("<pad>", "</s>", "<unk>")
 PIECES = "▁ " + "".join(chr(code) for code in range(33, 127))
 
 
@@ -65,58 +71,69 @@ def make_demo_checkpoint(folder: Path, size: str = "demo") -> None:
         UsageError: the folder has no name of its own, or no such size.
         ResourceError: the folder is taken, or cannot be written.
     """
-    if size == "toy":
-        with resource_errors(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(folder) as temporary:
-            copy_folder(TOY, temporary)
-        return
-    if size not in SIBLINGS:
-        wanted = " or ".join(["toy", *SIBLINGS])
+    sizes = ["toy", *SIBLINGS]
+    if size not in sizes:
+        wanted = " or ".join(sizes)
         raise UsageError("no such size of checkpoint", got=repr(size), wanted=wanted)
-    sibling = SIBLINGS[size]
     with resource_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(folder) as temporary, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+    with new_folder(folder) as temporary:
+        if size == "toy":
+            copy_folder(TOY, temporary)
+            return
         try:
-            write_dit(temporary / "dit", sibling.config, random_weights(sibling.config))
-            write_text_encoder(temporary / "text_encoder")
-            write_tokenizer(temporary / "tokenizer")
-            write_vae(temporary / "vae", sibling.vae_channels)
-            write_scheduler(temporary / "scheduler")
+            write_sibling(temporary, SIBLINGS[size])
         except SafetensorError as error:  # how the library that writes weights says "disk full"
             raise ResourceError(
                 f"cannot write {folder}", got=error,
-                wanted=f"about {sibling.megabytes} MB of free disk",
+                wanted=f"about {SIBLINGS[size].megabytes} MB of free disk",
                 do="Free some space or choose another disk.",
             ) from error  # fmt: skip
+
+
+def write_sibling(folder: Path, sibling: Sibling) -> None:
+    """Every component, its weights random and the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        write_dit(folder / "dit", sibling.config, random_weights(sibling.config))
+        write_text_encoder(folder / "text_encoder")
+        write_tokenizer(folder / "tokenizer")
+        write_vae(folder / "vae", sibling.vae_channels)
+        write_scheduler(folder / "scheduler")
 
 
 def toy_bundle() -> Path:
     """The toy's bundle for text, images and continuation, made once in the user's cache folder.
 
-    $XDG_CACHE_HOME/lcexport, or ~/.cache/lcexport. Another toy's has another name.
+    $XDG_CACHE_HOME/lcexport, or ~/.cache/lcexport. Another toy's, or preset's, has another name.
 
     Raises:
+        LockedError: another process is making it.
         LcexportError: it cannot be built there.
     """
     from lcexport.builder import BuildOptions, build
     from lcexport.builder.staging import staging_folder
 
-    name = hashlib.sha256((TOY / TOY_DIGESTS).read_bytes()).hexdigest()[:12]
+    preset = preset_from(TOY_PRESET)
+    made_of = (TOY / TOY_DIGESTS).read_bytes() + preset.model_dump_json().encode()
+    name = hashlib.sha256(made_of).hexdigest()[:12]
     output = cache_folder("toy") / f"{__version__}-{name}"
-    if not output.exists():
-        build(
-            BuildOptions(
-                model=TOY,
-                output=output,
-                presets=(preset_from("toy"),),
-                tasks=("t2v", "i2v", "vc"),
-                cond_frames=5,
-                resume=staging_folder(output).exists(),  # what a killed one left
-            )
-        )
+    if output.exists():
+        return output
+    options = BuildOptions(
+        model=TOY,
+        output=output,
+        presets=(preset,),
+        tasks=("t2v", "i2v", "vc"),
+        cond_frames=5,
+        resume=staging_folder(output).exists(),  # what a killed one left
+    )
+    try:
+        build(options)
+    except LockedError as error:
+        raise LockedError(
+            f"another process is making the demo's bundle, {output}", do="Try again in a minute."
+        ) from error
     return output
 
 
@@ -161,15 +178,25 @@ def random_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def write_text_encoder(folder: Path) -> None:
     """A UMT5 encoder of two layers."""
-    from transformers import UMT5Config, UMT5EncoderModel
+    from transformers import UMT5EncoderModel
 
     from lcexport.runtime.text import no_progress_bar
 
-    config = UMT5Config(
-        vocab_size=len(PIECES) + 3,
-        d_model=CONFIG.caption_channels,
-        d_kv=16,
-        d_ff=96,
+    vocabulary = len(SPECIAL) + len(PIECES)
+    with no_progress_bar():
+        encoder = UMT5EncoderModel(umt5_config(vocabulary, CONFIG.caption_channels, inner=96))
+        encoder.save_pretrained(folder)
+
+
+def umt5_config(vocabulary: int, width: int, inner: int) -> "UMT5Config":
+    """Of an encoder of two layers, whose feed-forward is `inner` wide."""
+    from transformers import UMT5Config
+
+    return UMT5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=inner,
         num_layers=2,
         num_heads=4,
         dropout_rate=0.0,
@@ -179,28 +206,30 @@ def write_text_encoder(folder: Path) -> None:
         pad_token_id=0,
         eos_token_id=1,
     )
-    with no_progress_bar():
-        UMT5EncoderModel(config).save_pretrained(folder)
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One token per printable character, and T5's special tokens."""
+    """One token per printable character."""
+    fast_tokenizer(dict.fromkeys(PIECES, -1.0)).save_pretrained(folder)
+
+
+def fast_tokenizer(pieces: Mapping[str, float]) -> "PreTrainedTokenizerFast":
+    """Of T5's special tokens and these pieces, each with the logarithm of its probability."""
     from tokenizers import Tokenizer
     from tokenizers.models import Unigram
     from tokenizers.pre_tokenizers import Metaspace
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    tokenizer = Tokenizer(Unigram([*special, *((piece, -1.0) for piece in PIECES)], unk_id=2))
+    scores = dict.fromkeys(SPECIAL, 0.0) | dict(pieces)
+    tokenizer = Tokenizer(Unigram(list(scores.items()), unk_id=2))
     tokenizer.pre_tokenizer = Metaspace()
     tokenizer.post_processor = TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
-    fast.save_pretrained(folder)
 
 
 def write_vae(folder: Path, channels: int) -> None:

@@ -54,12 +54,18 @@ def decoded_by_library(model: "AutoencoderKLWan", z_B16THW: torch.Tensor) -> Ite
     if not goes_by_frames(model):
         yield model.decode(z_B16THW, return_dict=False)[0]
         return
+    for frames in unclamped(model, z_B16THW):
+        yield frames.clamp(-1, 1)
+
+
+def unclamped(model: "AutoencoderKLWan", z_B16THW: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What the decoder makes of each latent frame, where it goes by frames."""
     x_B16THW = model.post_quant_conv(z_B16THW)
     past = empty_past(model.decoder)
     for t in range(x_B16THW.shape[2]):
         yield model.decoder(
             x_B16THW[:, :, t : t + 1], feat_cache=past, feat_idx=[0], first_chunk=t == 0
-        ).clamp(-1, 1)
+        )
 
 
 def decoded_by_packages(

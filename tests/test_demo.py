@@ -1,15 +1,22 @@
 """The demo checkpoint: complete, sound, the same bytes every time."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+from lcexport.builder import BuildOptions
 from lcexport.checkpoint import validate
 from lcexport.configs.dit import DiTConfig
-from lcexport.configs.errors import ResourceError, UsageError
-from lcexport.demo import CONFIG, SIBLINGS, TOY, Sibling, make_demo_checkpoint
+from lcexport.configs.errors import LockedError, ResourceError, UsageError
+from lcexport.configs.presets import preset_from
+from lcexport.demo import CONFIG, SIBLINGS, TOY, Sibling, make_demo_checkpoint, toy_bundle
 from lcexport.engines.manifest import COMPONENTS
+from lcexport.runtime import Video
+from lcexport.runtime.media import read_video
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -54,15 +61,66 @@ def test_the_toy_is_copied_whole_and_sound(tmp_path):
     assert report.components_missing == []
 
 
-def test_the_demo_makes_the_toys_bundle_once(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    asked = ("generate", "--demo", "a red circle moves left", "--steps", 1, "--out")
-    assert run(*asked, tmp_path / "one.mp4")[0] == 0
-    (bundle,) = (tmp_path / "cache" / "lcexport" / "toy").iterdir()
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def demo(run, cache, tmp_path, monkeypatch) -> Callable[..., Path]:
+    """`demo(*more)` is the video of a step of `generate --demo`, whose bundle is made once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    out = tmp_path / "demo.mp4"
+
+    def generate(*more: object) -> Path:
+        out.unlink(missing_ok=True)
+        prompt = "a red circle moves left"
+        code, _, err = run("generate", "--demo", prompt, "--steps", 1, "--out", out, *more)
+        assert (code, out.is_file()) == (0, True), err
+        return out
+
+    return generate
+
+
+def test_the_demo_makes_the_toys_bundle_once(demo, cache):
+    demo()
+    (bundle,) = (cache / "lcexport" / "toy").iterdir()
     made = (bundle / "manifest.json").stat().st_mtime_ns
-    assert run(*asked, tmp_path / "two.mp4")[0] == 0
+    demo()
     assert (bundle / "manifest.json").stat().st_mtime_ns == made
-    assert {path.name for path in tmp_path.glob("*.mp4")} == {"one.mp4", "two.mp4"}
+
+
+def test_the_demo_starts_from_a_picture_of_any_shape(demo, tmp_path):
+    Image.new("RGB", (96, 48), "red").save(tmp_path / "picture.png")
+    frames, _ = read_video(demo("--image", tmp_path / "picture.png"))
+    assert frames.shape == (17, 64, 64, 3)
+
+
+def test_the_demo_goes_on_from_a_video(demo, tmp_path):
+    given = Video(torch.rand(9, 64, 64, 3), fps=15, timings={}, seed=0)
+    given.save(tmp_path / "given.mp4")
+    frames, _ = read_video(demo("--video", tmp_path / "given.mp4"))
+    assert frames.shape == (9 + 17 - 5, 64, 64, 3)
+
+
+def test_the_demos_bundle_is_another_for_another_preset(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("lcexport.builder.build", lambda options: None)
+    one, again = toy_bundle(), toy_bundle()
+    changed = preset_from("toy").model_copy(update={"text_tokens": 25})
+    monkeypatch.setattr("lcexport.demo.preset_from", lambda name: changed)
+    assert one == again != toy_bundle()
+
+
+def test_a_second_demo_is_told_of_the_first(tmp_path, monkeypatch):
+    def build(options: BuildOptions) -> None:
+        raise LockedError("another build is writing it", do="Wait for it, or name another -o.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("lcexport.builder.build", build)
+    with pytest.raises(LockedError, match=r"another process is making the demo's .*Try again") as e:
+        toy_bundle()
+    assert "another -o" not in str(e.value)
 
 
 @pytest.mark.parametrize(

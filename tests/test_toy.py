@@ -5,6 +5,7 @@ score is the share of the attributes that are read back from the videos.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,20 +18,24 @@ import lcexport.runtime.vae
 from lcexport.builder import BuildOptions, build
 from lcexport.configs.presets import preset_from
 from lcexport.demo import TOY
+from lcexport.dit import dit_from_tensors, load_dit
 from lcexport.dit.blocks import Block
 from lcexport.engines.files import sha256_of
-from lcexport.lora import LoraChoice
+from lcexport.lora import LoraChoice, open_merge, swapped
 from lcexport.runtime import Pipeline, Video, load
-from lcexport.runtime.guidance import plain_cfg
-from lcexport.runtime.schedule import euler_step_
+from lcexport.runtime.guidance import cfg_zero, plain_cfg
+from lcexport.runtime.schedule import euler_step, euler_step_, schedule
+from lcexport.runtime.text import TextEncoder
 from tools.train_toy.evaluate import held_scenes
 from tools.train_toy.score import read
 from tools.train_toy.training import generator_at
-from tools.train_toy.world import Clip, Scene, full_caption, placed, render
+from tools.train_toy.world import SPEEDS, Clip, Scene, full_caption, placed, render
 
 BuildPackages = Callable[[BuildOptions], Path]
 SCENES = held_scenes(6)
 ASKED = ("colour", "shape", "direction")
+LORA = LoraChoice(path=TOY / "lora" / "cfg_step_lora.safetensors")
+ENGINES_DIFFER = 2e-4  # the most that a pixel may, of 1; they do by 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +77,22 @@ def videos(pipe: Pipeline, count: int = len(SCENES), **options: float) -> list[V
     ]
 
 
+def frames_of(clip: Clip, frames: int) -> torch.Tensor:
+    """[F, H, W, 3] in 0..1."""
+    return render([clip], frames)[0].permute(1, 2, 3, 0) / 2 + 0.5
+
+
 def score(made: list[Video]) -> float:
     """Share of what was asked for that is seen."""
     readings = [read(video.frames) for video in made]
     right = [r.agrees(s)[name] for r, s in zip(readings, SCENES, strict=False) for name in ASKED]
     return sum(right) / len(right)
+
+
+def differences(made: list[Video], right: list[Video]) -> torch.Tensor:
+    """Of every number of these videos from those, absolute."""
+    pairs = zip(made, right, strict=False)
+    return torch.stack([(ours.frames - theirs.frames).abs() for ours, theirs in pairs])
 
 
 def fit(made: list[Video]) -> float:
@@ -101,49 +117,86 @@ def test_videos_show_what_their_prompts_say(right):
 def test_an_engine_shows_the_same_videos(bundle, compiled, right, backend):
     folder = compiled if backend == "aotinductor" else bundle
     with load(folder, "toy", backend, tasks=["t2v"]) as pipe:
-        for theirs, ours in zip(videos(pipe, 3), right, strict=False):
-            torch.testing.assert_close(theirs.frames, ours.frames, rtol=0, atol=2e-3)
+        assert differences(videos(pipe, 3), right).max() < ENGINES_DIFFER
+
+
+def test_modulation_in_bfloat16_differs_more_than_engines_may(eager, right, monkeypatch):
+    def rounded(self, time, size):
+        return [part.bfloat16().float() for part in modulation(self, time, size)]
+
+    modulation = Block.modulation
+    monkeypatch.setattr(Block, "modulation", rounded)
+    assert differences(videos(eager, 3), right).max() > 10 * ENGINES_DIFFER
 
 
 def test_a_video_from_an_image_starts_with_it_and_goes_where_it_is_asked(bundle):
     scene = SCENES[0]
     clip = placed(scene, generator_at(0))
-    first = render([clip], frames=1)[0, :, 0].permute(1, 2, 0) / 2 + 0.5
-    image = Image.fromarray((first * 255).round().byte().numpy())
+    image = Image.fromarray((frames_of(clip, 1)[0] * 255).round().byte().numpy())
     with load(bundle, "toy", "onnxruntime", tasks=["i2v"]) as pipe:
         made = pipe.generate(full_caption(scene), image=image, task="i2v", seed=1)
-    assert (made.frames[0] - first).abs().mean() < 0.02
-    assert all(read(made.frames).agrees(scene)[name] for name in ASKED)
+
+    def error(given: Clip) -> float:
+        return float((made.frames[0] - frames_of(given, 1)[0]).abs().mean())
+
+    assert error(clip) < 0.006 < error(replace(clip, scene=replace(scene, shape="circle")))
+    assert error(replace(clip, x=clip.x + 4)) > 0.006
+    reading = read(made.frames)
+    assert reading.centres is not None
+    assert (reading.centres[0] - torch.tensor(clip.centre(0))).norm() < 1
+    assert all(reading.agrees(scene)[name] for name in ASKED)
 
 
 def test_its_lora_shows_the_prompts_in_sixteen_steps_without_guidance(tmp_path):
-    lora = LoraChoice(path=TOY / "lora" / "cfg_step_lora.safetensors")
-    build(toy_options(tmp_path / "distilled", loras=(lora,)))
+    build(toy_options(tmp_path / "distilled", loras=(LORA,)))
     with load(tmp_path / "distilled", "toy", "onnxruntime") as pipe:
         assert score(videos(pipe, distill=True)) >= 0.7
 
 
-def test_a_continuation_keeps_direction_and_speed(bundle):
-    scene = Scene("red", "circle", "right", "slowly", "small", "black")
-    source = render([Clip(scene, 12.0, 32.0)])[0].permute(1, 2, 3, 0) / 2 + 0.5
-    given = (source * 255).round().byte()
+@torch.no_grad()
+def test_its_lora_comes_nearer_to_guidance_than_the_model_without_it():
+    base = load_dit(TOY)
+    weights = swapped(base.state_dict(), open_merge([LORA], base.config))
+    distilled = dit_from_tensors(base.config, weights)
+    encoder = TextEncoder(TOY, preset_from("toy").text_tokens)
+    text = encoder.encode([full_caption(scene) for scene in SCENES])
+    empty = encoder.encode([""] * len(SCENES))
+    plan = schedule(16, distill=True)
+    x = torch.randn(len(SCENES), *preset_from("toy").latent_shape, generator=generator_at(0))
+    with_lora, without = [], []
+    for step, time in enumerate(plan.timesteps):
+        timestep = time.expand(len(x), x.shape[2])
+        cond = base(x, text.embeds, timestep, text.mask)
+        guided = cfg_zero(cond, base(x, empty.embeds, timestep, empty.mask), 4.0)
+        with_lora.append(distilled(x, text.embeds, timestep, text.mask) - guided)
+        without.append(cond - guided)
+        x = euler_step(x, guided, plan.sigmas[step], plan.sigmas[step + 1])
+    assert torch.stack(with_lora).norm() < 0.8 * torch.stack(without).norm()
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_a_continuation_goes_on_as_its_source_does(bundle, speed):
+    """The prompt does not say how fast: that is to be seen in the given frames."""
+    clip = Clip(Scene("red", "circle", "right", speed, "small", "black"), 10.0, 32.0)
+    source = (frames_of(clip, 9) * 255).round().byte().numpy()
+    prompt = "a small red circle moves right on a black background"
     with load(bundle, "toy", "onnxruntime", tasks=["vc"]) as pipe:
-        made = pipe.generate(full_caption(scene), video=given.numpy(), task="vc", seed=1)
-    reading = read(made.frames)
-    assert all(reading.agrees(scene).values()), reading
-    assert reading.centres is not None
-    start = float(reading.centres[0, 0])  # where the source's last five frames begin
-    assert abs(start - (12.0 + 12)) < 2
+        made = pipe.generate(prompt, video=source, task="vc", seed=1)
+    new = read(made.frames[5:])
+    assert (new.direction, new.speed) == ("right", speed), new
+    assert new.centres is not None
+    jump = new.centres[0] - torch.tensor(clip.centre(8))
+    assert jump.norm() < 2 * SPEEDS[speed]
 
 
-def forget_the_negation(patch: pytest.MonkeyPatch, pipe: Pipeline) -> None:
+def forget_the_negation(patch: pytest.MonkeyPatch) -> None:
     def step(latents, velocity, drop, *buffers):
         return euler_step_(latents, velocity, -drop, *buffers)
 
     patch.setattr(lcexport.runtime.sampler, "euler_step_", step)
 
 
-def swap_shift_and_scale(patch: pytest.MonkeyPatch, pipe: Pipeline) -> None:
+def swap_shift_and_scale(patch: pytest.MonkeyPatch) -> None:
     modulation = Block.modulation
 
     def swapped(self, time, size):
@@ -153,22 +206,22 @@ def swap_shift_and_scale(patch: pytest.MonkeyPatch, pipe: Pipeline) -> None:
     patch.setattr(Block, "modulation", swapped)
 
 
-def leave_latents_normalised(patch: pytest.MonkeyPatch, pipe: Pipeline) -> None:
-    patch.setattr(lcexport.runtime.vae, "denormalize", lambda latents, mean, std: latents)
-
-
-MISTAKES: dict[str, tuple[Callable[[pytest.MonkeyPatch, Pipeline], None], float]] = {
-    "the negation is forgotten": (forget_the_negation, 0.5),
-    "shift and scale are swapped": (swap_shift_and_scale, 0.5),
-    "latents are not denormalised": (leave_latents_normalised, 0.1),
+MISTAKES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "the negation is forgotten": forget_the_negation,
+    "shift and scale are swapped": swap_shift_and_scale,
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_lowers_the_score(eager, right, mistake, monkeypatch):
-    make, margin = MISTAKES[mistake]
-    make(monkeypatch, eager)
-    assert score(videos(eager)) <= score(right) - margin
+    MISTAKES[mistake](monkeypatch)
+    assert score(videos(eager)) <= score(right) - 0.5
+
+
+def test_latents_that_are_not_denormalised_are_seen_in_the_frames(eager, right, monkeypatch):
+    """Most of their shapes can still be told, so that the score falls by little."""
+    monkeypatch.setattr(lcexport.runtime.vae, "denormalize", lambda latents, mean, std: latents)
+    assert differences(videos(eager, 3), right).mean() > 0.015  # 0.034
 
 
 def test_at_a_high_scale_plain_guidance_blurs_shapes_more_than_zero_guidance(eager, monkeypatch):

@@ -125,7 +125,7 @@ def generate(
     from lcexport.engines.manifest import read_manifest
 
     check_output(out, contact_sheet)
-    bundle, prompt = asked(bundle, prompt, demo)
+    bundle, prompt, res = asked(bundle, prompt, demo, res)
     check_continuation(
         video, only_new=only_new, cond_frames=cond_frames is not None, no_cache=not cache,
         offload_cache=offload_cache,
@@ -172,19 +172,21 @@ def generate(
     write_video(made, graph.job, out, contact_sheet, as_json)
 
 
-def asked(bundle: Path | None, prompt: str | None, demo: str | None) -> tuple[Path, str]:
-    """The bundle and what it is to show: the ones given, or the demo's.
+def asked(
+    bundle: Path | None, prompt: str | None, demo: str | None, res: str | None
+) -> tuple[Path, str, str | None]:
+    """The bundle, what it is to show and at which resolution: the ones given, or the demo's.
 
     Raises:
         UsageError: both ways at once, or neither whole.
     """
     if demo is not None and bundle is None and prompt is None:
-        from lcexport.demo import toy_bundle
+        from lcexport.demo import TOY_PRESET, toy_bundle
 
-        return toy_bundle(), demo
+        return toy_bundle(), demo, res or TOY_PRESET
     if demo is not None or bundle is None or prompt is None:
         raise UsageError(
             "what is to be shown, and by what, is not said once",
             do='Name a bundle and give --prompt; or give --demo "a red circle moves left" alone.',
         )
-    return bundle, prompt
+    return bundle, prompt, res

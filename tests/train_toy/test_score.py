@@ -7,15 +7,15 @@ import torch
 
 from tools.train_toy.score import accuracy, read
 from tools.train_toy.training import generator_at
-from tools.train_toy.world import Scene, full_caption, placed, render, scenes
+from tools.train_toy.world import Clip, Scene, full_caption, placed, render, scenes
 
 EVERY = [*scenes(held=True), *scenes(held=False)][::29]
 
 
-def frames_of(scene: Scene, seed: int = 0) -> torch.Tensor:
+def frames_of(shown: Scene | Clip) -> torch.Tensor:
     """[F, H, W, 3] in 0..1."""
-    video = render([placed(scene, generator_at(seed))])
-    return video[0].permute(1, 2, 3, 0) / 2 + 0.5
+    clip = shown if isinstance(shown, Clip) else placed(shown, generator_at(0))
+    return render([clip])[0].permute(1, 2, 3, 0) / 2 + 0.5
 
 
 @pytest.mark.parametrize("scene", EVERY, ids=full_caption)
@@ -40,12 +40,20 @@ def test_nothing_is_read_from_a_plain_picture():
 
 def test_no_shape_is_read_from_noise():
     reading = read(torch.rand((17, 64, 64, 3), generator=generator_at(2)))
-    assert reading.shape is None
+    assert (reading.shape, reading.size) == (None, None)
 
 
-def test_what_stands_still_has_no_direction():
-    frames = frames_of(EVERY[0])
-    assert read(frames[:1].expand(17, -1, -1, -1)).direction is None
+def test_what_stands_still_has_no_direction_and_no_speed():
+    reading = read(frames_of(EVERY[0])[:1].expand(17, -1, -1, -1))
+    assert (reading.direction, reading.speed) == (None, None)
+    assert (reading.shape, reading.size) == (EVERY[0].shape, EVERY[0].size)
+
+
+@pytest.mark.parametrize(("down", "direction"), [(1, None), (0.6, None), (0.4, "right")])
+def test_what_moves_aslant_has_no_direction(down, direction):
+    clip = Clip(Scene("blue", "circle", "right", "slowly", "small", "black"), 12.0, 24.0)
+    aslant = [frame.roll(round(down * n), 0) for n, frame in enumerate(frames_of(clip))]
+    assert read(torch.stack(aslant)).direction == direction
 
 
 def test_a_clip_played_backwards_moves_the_other_way():

@@ -1,5 +1,7 @@
 """The toy's parts, untrained and for a few steps: what each is trained on, and what is written."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,15 +9,21 @@ import torch
 from safetensors.torch import load_file
 
 from lcexport.checkpoint import validate
+from lcexport.configs.errors import UsageError
+from lcexport.dit.model import LongCatDiT
 from lcexport.lora.file import check_fits, check_values, read_lora
 from lcexport.runtime.schedule import euler_step, schedule
 from lcexport.runtime.text import TextEncoder
-from tools.train_toy import dit, latents, lora, text, vae
+from tools.train_toy import __main__ as command
+from tools.train_toy import dit, latents, lora, text, training, vae
 from tools.train_toy.checkpoint import write_checkpoint
 from tools.train_toy.training import Plan, Training, generator_at
 from tools.train_toy.world import caption, render, scenes
 
 CLIPS = 6
+EXACT = ("time_embedder.", "final_layer.")  # and every adaLN
+BULK = {"self_attn", "cross_attn", "ffn"}
+SMALL_STAGE = replace(vae.CLIPS, plan=replace(vae.CLIPS.plan, steps=4), crops=1, size=16, frames=5)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +54,14 @@ def small_batches(batches, monkeypatch) -> dit.Batches:
     monkeypatch.setattr(dit, "BATCH", 3)
     monkeypatch.setattr(lora, "BATCH", 3)
     return batches
+
+
+def moved_dit() -> LongCatDiT:
+    """One whose output is not zero any more."""
+    model = dit.new_dit()
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator_at(0))
+    return model
 
 
 def test_the_tokenizer_is_the_same_every_time_and_knows_every_word():
@@ -82,6 +98,57 @@ def test_latents_are_encoded_once(batches, folder, untrained_vae):
     assert again.shape == (CLIPS, 16, 5, 8, 8)
 
 
+def test_latents_of_another_number_of_clips_are_refused(batches, folder, untrained_vae):
+    with pytest.raises(UsageError, match="of another training; got 6 clips; wanted 5 clips"):
+        latents.encode_clips(untrained_vae, folder, CLIPS - 1)
+
+
+@pytest.fixture(params=["text", "vae", "dit", "lora"])
+def loss_at(request, small_batches, monkeypatch):
+    """A part's loss of a step."""
+    model = moved_dit()
+    naming = text.Naming(small_batches.reader.encoder)
+    monkeypatch.setattr(text, "BATCH", 3)
+    return {
+        "text": partial(text.loss_at, naming, small_batches.reader),
+        "vae": partial(vae.loss_at, vae.new_vae(), SMALL_STAGE),
+        "dit": partial(small_batches.loss_at, model),
+        "lora": partial(lora.loss_at, lora.Lora(model), small_batches),
+    }[request.param]
+
+
+@torch.no_grad()
+def test_what_a_step_is_trained_on_depends_on_its_number_alone(loss_at):
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        losses.append({name: float(value) for name, value in loss_at(3).items()})
+    assert losses[0] == losses[1] != {name: float(value) for name, value in loss_at(4).items()}
+
+
+def test_a_stopped_stage_of_the_vae_ends_at_the_same_weights(tmp_path, monkeypatch):
+    def trained(folder: Path) -> dict[str, torch.Tensor]:
+        folder.mkdir(exist_ok=True)
+        model = vae.new_vae()
+        vae.train_stage(model, folder, SMALL_STAGE)
+        return model.state_dict()
+
+    def stopped(*given):
+        if given[-1] == 2:
+            raise KeyboardInterrupt
+        return loss_at(*given)
+
+    loss_at = vae.loss_at
+    whole = trained(tmp_path / "whole")
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(vae, "loss_at", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "parts")
+    parts = trained(tmp_path / "parts")
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
 def test_given_frames_are_clean_and_at_timestep_zero(batches):
     sigma = torch.tensor([0.25, 1.0])
     batch = batches.noised(sigma, 2, generator_at(0))
@@ -109,10 +176,24 @@ def test_the_dit_learns_and_starts_from_the_same_weights(small_batches, tmp_path
     assert small_batches.loss_at(one, 0)["velocity"].item() < 0.8 * before
 
 
-def test_a_lora_is_nothing_at_first_and_something_after_a_step(small_batches, tmp_path):
+def test_modulation_and_output_are_trained_in_float32_and_the_rest_in_bfloat16(small_batches):
+    def note(name: str, module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        found[name] = output.dtype
+
+    found: dict[str, torch.dtype] = {}
     model = dit.new_dit()
-    for parameter in model.parameters():  # an output that is not zero
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator_at(0))
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(partial(note, name))
+    small_batches.loss_at(model, 0)
+    exact = [d for name, d in found.items() if name.startswith(EXACT) or "adaln" in name]
+    bulk = [d for name, d in found.items() if BULK & set(name.split("."))]
+    assert exact == [torch.float32] * (2 + dit.CONFIG.depth + 2)
+    assert bulk == [torch.bfloat16] * 11 * dit.CONFIG.depth
+
+
+def test_a_lora_is_nothing_at_first_and_something_after_a_step(small_batches, tmp_path):
+    model = moved_dit()
     path = lora.train_lora(model, small_batches, tmp_path, Plan(steps=1, rate=1e-2, warmup=1))
     found = read_lora(path)
     check_fits(found, dit.CONFIG)
@@ -131,6 +212,14 @@ def test_the_parts_make_a_sound_checkpoint(small_batches, reader, untrained_vae,
     report = validate(made)
     assert report.ok, report.problems
     assert (report.layout, report.naming, report.components_missing) == ("released", "original", [])
+
+
+def test_a_finished_training_is_said_to_be_and_left_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoint").mkdir()
+    monkeypatch.setattr("sys.argv", ["train_toy", "--out", str(tmp_path)])
+    command.main()
+    assert "is finished" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_the_runtime_encodes_a_caption_as_the_training_did(reader, tmp_path):

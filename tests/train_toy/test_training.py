@@ -1,11 +1,16 @@
 """The training loop: stopped and continued, it ends where it would have ended."""
 
 import json
+import threading
+from dataclasses import replace
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tools.train_toy.training import Plan, Training, generator_at, read_log
+from lcexport.configs.errors import UsageError
+from tools.train_toy.training import Plan, Training, alone, generator_at, read_log
 
 PLAN = Plan(steps=12, rate=1e-2, warmup=3, average=0.9)
 
@@ -36,7 +41,7 @@ def test_it_learns(tmp_path):
     assert loss_of(module)(99)["squared"].item() < before / 4
 
 
-def test_a_stopped_training_ends_at_the_same_weights(tmp_path, monkeypatch):
+def test_a_stopped_training_ends_at_the_same_weights(tmp_path):
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
     whole = train(small(), tmp_path / "whole")
@@ -57,9 +62,38 @@ def test_a_stopped_training_ends_at_the_same_weights(tmp_path, monkeypatch):
 def test_a_finished_training_is_not_trained_again(tmp_path):
     train(small(), tmp_path)
     again = Training(small(), PLAN, tmp_path, "small")
-    assert again.done
     again.run(lambda step: {"never": torch.tensor(float("nan"))})
+    assert again.done
     assert all(torch.isfinite(p).all() for p in again.parameters.values())
+
+
+def test_a_training_of_another_plan_is_not_continued(tmp_path):
+    train(small(), tmp_path)
+    with pytest.raises(UsageError, match=r"of another training; got .*steps=12.*; wanted .*=13"):
+        train(small(), tmp_path, replace(PLAN, steps=13))
+
+
+def test_a_state_that_does_not_say_its_plan_is_continued(tmp_path):
+    training = train(small(), tmp_path)
+    save_file(load_file(training.state_path), training.state_path, metadata={"step": "12"})
+    assert train(small(), tmp_path, replace(PLAN, steps=13)).step == 13
+
+
+def test_a_second_training_of_a_part_waits_for_the_first_and_does_nothing_again(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tools.train_toy.training.LOG_EVERY", 4)
+    module = small()
+    second = threading.Thread(target=train, args=(module, tmp_path))
+    with alone(tmp_path / "small.training.safetensors"):
+        second.start()
+        first = Training(small(), PLAN, tmp_path, "small")
+        first.finish(loss_of(first.module))
+        assert second.is_alive()
+    second.join(timeout=60)
+    steps = [json.loads(line)["step"] for line in first.log_path.read_text().splitlines()]
+    assert steps == [4, 8, 12]
+    assert all(map(torch.equal, module.parameters(), first.module.parameters()))
 
 
 def test_parameters_named_so_learn_at_the_full_rate(tmp_path):

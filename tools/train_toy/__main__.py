@@ -1,15 +1,18 @@
 """From nothing to the small checkpoint: `python -m tools.train_toy --out FOLDER`.
 
 What is in FOLDER is not made again, so a stopped training is continued by the same command. The
-checkpoint is FOLDER/checkpoint.
+checkpoint is FOLDER/checkpoint. Of two processes in one FOLDER the second waits for what the first
+is making.
 """
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
 import torch
 
+from lcexport.configs.errors import LcexportError
 from tools.train_toy.checkpoint import write_checkpoint
 from tools.train_toy.dit import Batches, train_dit
 from tools.train_toy.latents import encode_clips, statistics
@@ -23,6 +26,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     folder = arguments.out
+    checkpoint = folder / "checkpoint"
+    if checkpoint.exists():
+        print(f"the training is finished: {checkpoint}")
+        return
     folder.mkdir(parents=True, exist_ok=True)
     reader = train_text(folder)
     vae = train_encoder(folder)
@@ -35,7 +42,7 @@ def main() -> None:
     dit = train_dit(folder, batches)
     lora = train_lora(dit, batches, folder)
     train_decoder(vae, folder)
-    write_checkpoint(folder / "checkpoint", dit, vae, channels, reader, lora)
+    write_checkpoint(checkpoint, dit, vae, channels, reader, lora)
 
 
 def parsed() -> argparse.Namespace:
@@ -51,4 +58,7 @@ def parsed() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except LcexportError as error:
+        sys.exit(f"error: {error}")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tools.train_toy.training import read_log
 
-PARTS = ("text", "vae-pictures", "vae-clips", "dit", "lora")
-WINDOW = 10  # lines of a log in one point
+PARTS = ("text", "vae-pictures", "vae-clips", "vae-whole", "dit", "lora")
+POINTS = 10  # of a curve, or up to twice as many; fewer only where its log has fewer lines
 
 
 def main(folder: Path, picture: Path) -> None:
@@ -27,8 +27,9 @@ def main(folder: Path, picture: Path) -> None:
 
 
 def smoothed(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Means of `WINDOW` points each."""
-    groups = [points[i : i + WINDOW] for i in range(0, len(points), WINDOW)]
+    """Means of as many points each as leave `POINTS`."""
+    window = max(1, len(points) // POINTS)
+    groups = [points[i : i + window] for i in range(0, len(points), window)]
     means = [[sum(column) / len(group) for column in zip(*group, strict=True)] for group in groups]
     return [mean[0] for mean in means], [mean[1] for mean in means]
 

@@ -87,7 +87,7 @@ class Batches:
         self.latents, self.statistics, self.reader = latents, statistics, reader
         self.scenes = [clip_at(number)[0].scene for number in range(len(latents))]
 
-    def noised(self, sigma_B: Tensor, given: int, generator: torch.Generator) -> "Batch":
+    def noised(self, sigma_B: Tensor, given: int, generator: torch.Generator) -> Batch:
         """As many clips at these noise levels, the first `given` latent frames of each clean."""
         chosen = torch.randint(len(self.latents), (len(sigma_B),), generator=generator)
         x0 = normalize(self.latents[chosen].float(), self.statistics.mean, self.statistics.std)

@@ -11,10 +11,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from lcexport.runtime import Pipeline, load
-from tools.train_toy.score import ATTRIBUTES, Reading, accuracy, read
+from tools.train_toy.score import Reading, accuracy, read
 from tools.train_toy.training import generator_at
-from tools.train_toy.world import Scene, full_caption, scenes
+from tools.train_toy.world import ATTRIBUTES, Scene, full_caption, scenes
 
 SEED = 5
 PROMPTS = 50
@@ -22,8 +24,6 @@ PROMPTS = 50
 
 def held_scenes(count: int = PROMPTS) -> list[Scene]:
     """So many different scenes of the combinations that were held back."""
-    import torch
-
     options = scenes(held=True)
     order = torch.randperm(len(options), generator=generator_at(SEED)).tolist()
     return [options[place] for place in order[:count]]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcexport.configs.presets import TEMPORAL_STRIDE
-from tools.train_toy.training import generator_at
+from tools.train_toy.training import alone, generator_at, refuse_other
 from tools.train_toy.world import Clip, choose, placed, render, scenes
 
 SEED = 3
@@ -38,20 +38,28 @@ def clip_at(number: int) -> tuple[Clip, torch.Generator]:
 
 
 def encode_clips(vae: AutoencoderKLWan, folder: Path, count: int = CLIPS) -> Tensor:
-    """[N, 16, T, H, W] float16 of the clips 0 .. N-1, not normalised; what is there is kept."""
-    return torch.cat(list(shards(vae, folder, count)))
+    """[N, 16, T, H, W] float16 of the clips 0 .. N-1, not normalised; what is there is kept.
+
+    Raises:
+        UsageError: a file that is there holds another number of clips.
+    """
+    with alone(folder / "latents"):
+        return torch.cat(list(shards(vae, folder, count)))
 
 
 @torch.no_grad()
 def shards(vae: AutoencoderKLWan, folder: Path, count: int) -> Iterator[Tensor]:
     for first in range(0, count, SHARD):
         path = folder / f"latents-{first:05d}.safetensors"
+        numbers = range(first, min(first + SHARD, count))
         if not path.exists():
-            rows = [encode_one(vae, number) for number in range(first, min(first + SHARD, count))]
             temporary = path.with_suffix(".part")
-            save_file({"latents": torch.cat(rows)}, temporary)
+            rows = torch.cat([encode_one(vae, number) for number in numbers])
+            save_file({"latents": rows}, temporary)
             temporary.rename(path)
-        yield load_file(path)["latents"]
+        latents = load_file(path)["latents"]
+        refuse_other(path, f"{len(latents)} clips", f"{len(numbers)} clips")
+        yield latents
 
 
 def encode_one(vae: AutoencoderKLWan, number: int) -> Tensor:

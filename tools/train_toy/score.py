@@ -5,12 +5,13 @@ Frames are float32 [F, H, W, 3] in 0..1.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tools.train_toy.world import (
+    ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
@@ -25,8 +26,8 @@ BORDER = 2  # pixels at the edge, mostly background
 LEAST_PIXELS = 25.0  # covered in a frame, or there is nothing to see
 LEAST_FIT = 0.7  # overlap with the best shape, or it is none of them
 LEAST_SPEED = 0.3  # pixels a frame, or it stands still
+MOST_ASLANT = 0.5  # pixels across for each along, or it moves in none of the directions
 RADII = torch.arange(6.0, 16.5, 0.5)
-ATTRIBUTES = tuple(field.name for field in fields(Scene))
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,13 @@ def read(frames_FHW3: Tensor) -> Reading:
     shape, radius, fit = best_shape(cover_FHW, centres)
     step_x, step_y = slopes(centres)
     speed = math.hypot(step_x, step_y)
+    fits, moves = fit >= LEAST_FIT, speed >= LEAST_SPEED
     return Reading(
         colour=nearest(ink, COLOURS),
-        shape=shape if fit >= LEAST_FIT else None,
-        direction=heading(step_x, step_y) if speed >= LEAST_SPEED else None,
-        speed=min(SPEEDS, key=lambda name: abs(SPEEDS[name] - speed)),
-        size=min(SIZES, key=lambda name: abs(SIZES[name] - radius)),
+        shape=shape if fits else None,
+        direction=heading(step_x, step_y) if moves else None,
+        speed=closest(speed, SPEEDS) if moves else None,
+        size=closest(radius, SIZES) if fits else None,
         background=background,
         fit=fit,
         centres=centres,
@@ -105,6 +107,10 @@ def cover_of(frames: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
 
 def nearest(colour: Tensor, palette: Mapping[str, tuple[int, int, int]]) -> str:
     return min(palette, key=lambda name: float((torch.tensor(palette[name]) / 255 - colour).norm()))
+
+
+def closest(value: float, named: Mapping[str, float]) -> str:
+    return min(named, key=lambda name: abs(named[name] - value))
 
 
 def centroids(cover_FHW: Tensor) -> Tensor:
@@ -147,5 +153,8 @@ def slopes(centres: Tensor) -> tuple[float, float]:
     return float(x), float(y)
 
 
-def heading(x: float, y: float) -> str:
+def heading(x: float, y: float) -> str | None:
+    across, along = sorted((abs(x), abs(y)))
+    if across > MOST_ASLANT * along:
+        return None
     return max(DIRECTIONS, key=lambda name: DIRECTIONS[name][0] * x + DIRECTIONS[name][1] * y)

@@ -6,31 +6,18 @@ an answer too. It stays as it is while the DiT is trained on its output.
 
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
-from tokenizers.models import Unigram
-from tokenizers.pre_tokenizers import Metaspace
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
+from lcexport.demo import fast_tokenizer, umt5_config
 from tools.train_toy.training import Plan, Training, generator_at
-from tools.train_toy.world import (
-    BACKGROUNDS,
-    COLOURS,
-    DIRECTIONS,
-    SHAPES,
-    SIZES,
-    SPEEDS,
-    Scene,
-    caption,
-    choose,
-    scenes,
-)
+from tools.train_toy.world import ATTRIBUTES, Scene, caption, choose, scenes
 
 SEED = 2
 TEXT_TOKENS = 24
@@ -38,14 +25,6 @@ CAPTIONS = 4000  # the tokenizer counts the words of
 RARE = -12.0  # log probability of a letter: far rarer than any word
 PLAN = Plan(steps=600, rate=1e-3, warmup=50)
 BATCH = 64
-ATTRIBUTES: dict[str, list[str]] = {
-    "colour": list(COLOURS),
-    "shape": list(SHAPES),
-    "direction": list(DIRECTIONS),
-    "speed": list(SPEEDS),
-    "size": list(SIZES),
-    "background": list(BACKGROUNDS),
-}
 
 
 def sample(generator: torch.Generator) -> tuple[Scene, str]:
@@ -63,39 +42,16 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     generator = generator_at(SEED, 0)
     counts = Counter(word for _ in range(CAPTIONS) for word in sample(generator)[1].split())
     total = counts.total()
-    words = [(f"▁{word}", math.log(count / total)) for word, count in sorted(counts.items())]
-    letters = [(piece, RARE) for piece in ("▁", *map(chr, range(33, 127)))]
-    special = [(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>")]
-    pieces = dict([*special, *letters, *words])  # a word of one letter counts as a word
-    tokenizer = Tokenizer(Unigram(list(pieces.items()), unk_id=2))
-    tokenizer.pre_tokenizer = Metaspace()
-    tokenizer.post_processor = TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
+    words = {f"▁{word}": math.log(count / total) for word, count in sorted(counts.items())}
+    letters = dict.fromkeys(("▁", *map(chr, range(33, 127))), RARE)
+    return fast_tokenizer(letters | words)  # a word of one letter counts as a word
 
 
 def new_encoder(vocabulary: int) -> UMT5EncoderModel:
     """The same first weights every time."""
-    config = UMT5Config(
-        vocab_size=vocabulary,
-        d_model=128,
-        d_kv=32,
-        d_ff=256,
-        num_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        is_encoder_decoder=False,
-        use_cache=False,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return UMT5EncoderModel(config)
+        return UMT5EncoderModel(umt5_config(vocabulary, width=128, inner=256))
 
 
 class Naming(nn.Module):
@@ -150,23 +106,24 @@ class TextReader:
         return found.last_hidden_state, mask_BL
 
 
+def loss_at(naming: Naming, reader: TextReader, step: int) -> dict[str, Tensor]:
+    """Cross entropy of each attribute."""
+    generator = generator_at(SEED, 1, step)
+    rows = [sample(generator) for _ in range(BATCH)]
+    logits = naming(*reader.tokens([text for _, text in rows]))
+    return {
+        name: F.cross_entropy(
+            logits[name], torch.tensor([said(scene, text, name) for scene, text in rows])
+        )
+        for name in ATTRIBUTES
+    }
+
+
 def train_text(folder: Path, plan: Plan = PLAN) -> TextReader:
     """Train, or go on training, in `folder`."""
     tokenizer = train_tokenizer()
     naming = Naming(new_encoder(len(tokenizer)))
     reader = TextReader(tokenizer, naming.encoder)
-
-    def loss_at(step: int) -> dict[str, Tensor]:
-        generator = generator_at(SEED, 1, step)
-        rows = [sample(generator) for _ in range(BATCH)]
-        logits = naming(*reader.tokens([text for _, text in rows]))
-        return {
-            name: F.cross_entropy(
-                logits[name], torch.tensor([said(scene, text, name) for scene, text in rows])
-            )
-            for name in ATTRIBUTES
-        }
-
-    Training(naming, plan, folder, "text").run(loss_at)
+    Training(naming, plan, folder, "text").run(partial(loss_at, naming, reader))
     naming.encoder.requires_grad_(False).eval()
     return reader

@@ -4,6 +4,7 @@ What a step is trained on depends on its number alone, so nothing but weights an
 moments has to be kept.
 """
 
+import fcntl
 import json
 import logging
 import math
@@ -17,6 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from lcexport.configs.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,27 @@ def adam(parameters: Mapping[str, nn.Parameter], plan: Plan) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.99))
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Nobody else makes `path` meanwhile: a second process waits here until the first has ended."""
+    with path.with_suffix(".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for the process that is making %s", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def refuse_other(path: Path, got: object, wanted: object) -> None:
+    """UsageError where what a file holds is not what this training would have written."""
+    if got != wanted:
+        raise UsageError(
+            f"{path} is of another training", got=got, wanted=wanted,
+            do="Delete it to train that part anew, or name another --out.",
+        )  # fmt: skip
+
+
 class Training:
     """A module in training, and all of it that a file holds."""
 
@@ -79,17 +103,26 @@ class Training:
         self.optimizer = adam(self.parameters, plan)
         self.averaged = {n: p.detach().clone() for n, p in self.parameters.items()}
         self.step = 0
-        if self.state_path.exists():
-            self.restore()
 
     @property
     def done(self) -> bool:
         return self.step >= self.plan.steps
 
     def run(self, loss_at: Callable[[int], dict[str, Tensor]]) -> None:
-        """Train to the end; `loss_at(step)` gives the parts of the loss, which are added."""
-        if self.done:
-            return
+        """Train to the end from where the file says, alone.
+
+        `loss_at(step)` gives the parts of the loss, which are added.
+
+        Raises:
+            UsageError: the file is of another plan.
+        """
+        with alone(self.state_path):
+            if self.state_path.exists():
+                self.restore()
+            self.finish(loss_at)
+
+    def finish(self, loss_at: Callable[[int], dict[str, Tensor]]) -> None:
+        """The steps that are left."""
         seconds = time.perf_counter()
         while not self.done:
             parts = loss_at(self.step)
@@ -128,12 +161,15 @@ class Training:
                 tensors[f"{key}.{name}"] = value
         temporary = self.state_path.with_suffix(".part")
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary,
-                  metadata={"step": str(self.step)})  # fmt: skip
+                  metadata={"step": str(self.step), "plan": repr(self.plan)})  # fmt: skip
         temporary.rename(self.state_path)
 
     def restore(self) -> None:
         with safe_open(self.state_path, "pt") as file:
-            self.step = int(file.metadata()["step"])
+            metadata = file.metadata()
+            if "plan" in metadata:  # older ones do not say
+                refuse_other(self.state_path, metadata["plan"], repr(self.plan))
+            self.step = int(metadata["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self.assign({n: tensors.pop(f"parameter.{n}") for n in self.parameters})
         self.averaged = {n: tensors.pop(f"averaged.{n}") for n in self.parameters}
@@ -141,18 +177,6 @@ class Training:
             key, name = place.split(".", 1)
             self.optimizer.state[self.parameters[name]][key] = value
         log.info("resumed at step %d: %s", self.step, self.state_path)
-
-    @contextmanager
-    def trained(self) -> Iterator[nn.Module]:
-        """The module with its averaged weights, for as long as the block runs."""
-        kept = {n: p.detach().clone() for n, p in self.parameters.items()}
-        self.assign(self.averaged)
-        was_training = self.module.training
-        try:
-            yield self.module.eval()
-        finally:
-            self.module.train(was_training)
-            self.assign(kept)
 
     def assign(self, values: dict[str, Tensor]) -> None:
         with torch.no_grad():

@@ -19,18 +19,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor
 
-from lcexport.runtime.decoding import empty_past
+from lcexport.runtime.decoding import unclamped
 from tools.train_toy.training import Plan, Training, generator_at
-from tools.train_toy.world import (
-    DIRECTIONS,
-    FRAMES,
-    SPEEDS,
-    Clip,
-    choose,
-    placed,
-    render,
-    scenes,
-)
+from tools.train_toy.world import FRAMES, choose, placed, render, scenes
 
 CONFIG: dict[str, Any] = {
     "base_dim": 16,
@@ -131,7 +122,8 @@ def loss_at(vae: AutoencoderKLWan, stage: Stage, step: int) -> dict[str, Tensor]
     posterior = cast(Any, vae.encode(pixels)).latent_dist
     mean, variance = posterior.mean, posterior.var
     latents = mean + posterior.std * torch.randn(mean.shape, generator=generator)
-    error = decoded(vae, latents) - pixels
+    # not clamped to -1..1, where no gradient would come back
+    error = torch.cat(list(unclamped(vae, latents)), 2) - pixels
     return {
         "absolute": error.abs().mean(),
         "squared": error.square().mean(),
@@ -147,14 +139,9 @@ def crops(count: int, size: int, frames: int, generator: torch.Generator) -> Ten
         clip = placed(options[choose(options, generator)], generator)
         start = int(torch.randint(FRAMES - frames + 1, (), generator=generator))
         video = render([clip], start + frames)[0, :, start:]
-        rows.append(cropped(video, centre(clip, start + frames // 2), size, generator))
+        x, y = clip.centre(start + frames // 2)
+        rows.append(cropped(video, (y, x), size, generator))
     return torch.stack(rows)
-
-
-def centre(clip: Clip, frame: int) -> tuple[float, float]:
-    """y and x of the shape's centre in a frame."""
-    x, y = (d * SPEEDS[clip.scene.speed] * frame for d in DIRECTIONS[clip.scene.direction])
-    return clip.y + y, clip.x + x
 
 
 def cropped(video: Tensor, near: Sequence[float], size: int, generator: torch.Generator) -> Tensor:
@@ -165,15 +152,3 @@ def cropped(video: Tensor, near: Sequence[float], size: int, generator: torch.Ge
         for middle, offset, length in zip(near, offsets, video.shape[-2:], strict=True)
     )
     return video[..., top : top + size, left : left + size]
-
-
-def decoded(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """As the library decodes, but not clamped to -1..1, where no gradient would come back."""
-    x = vae.post_quant_conv(latents)
-    past = empty_past(vae.decoder)
-    frames = range(x.shape[2])
-    parts = [
-        vae.decoder(x[:, :, t : t + 1], feat_cache=past, feat_idx=[0], first_chunk=t == 0)
-        for t in frames
-    ]
-    return torch.cat(parts, 2)

@@ -10,6 +10,8 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
 
 import torch
 
@@ -30,6 +32,16 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  
 SPEEDS = {"slowly": 1.0, "quickly": 2.0}  # pixels a frame
 SIZES = {"small": 9.0, "large": 13.0}  # pixels from the centre to the farthest edge
 BACKGROUNDS = {"black": (18, 18, 22), "gray": (115, 115, 120), "brown": (95, 60, 40)}
+
+# A scene's attributes in order, and the words for each.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "direction": tuple(DIRECTIONS),
+    "speed": tuple(SPEEDS),
+    "size": tuple(SIZES),
+    "background": tuple(BACKGROUNDS),
+}
 
 # In the training data no shape of these colours moves that way: the prompts of the evaluation are
 # about them. Each colour, shape and direction is in some other combination that is seen.
@@ -57,11 +69,19 @@ class Scene:
         return (self.colour, self.shape, self.direction) in HELD
 
     @property
+    def velocity(self) -> tuple[float, float]:
+        """Pixels a frame, along x and y."""
+        x, y = DIRECTIONS[self.direction]
+        return x * SPEEDS[self.speed], y * SPEEDS[self.speed]
+
+    @property
     def travel(self) -> tuple[float, float]:
         """Pixels from the first frame of a clip to the last, along x and y."""
-        x, y = DIRECTIONS[self.direction]
-        pixels = SPEEDS[self.speed] * (FRAMES - 1)
-        return x * pixels, y * pixels
+        x, y = self.velocity
+        return x * (FRAMES - 1), y * (FRAMES - 1)
+
+
+Frame = TypeVar("Frame", float, torch.Tensor)  # the number of one, or of several
 
 
 @dataclass(frozen=True)
@@ -72,11 +92,17 @@ class Clip:
     x: float
     y: float
 
+    def centre(self, frame: Frame) -> tuple[Frame, Frame]:
+        """x and y of the shape's centre in a frame."""
+        x, y = self.scene.velocity
+        return self.x + x * frame, self.y + y * frame
 
-def scenes(*, held: bool) -> list[Scene]:
+
+@cache  # it is asked for every caption
+def scenes(*, held: bool) -> tuple[Scene, ...]:
     """Every scene that training sees, or every one that it does not."""
-    grid = itertools.product(COLOURS, SHAPES, DIRECTIONS, SPEEDS, SIZES, BACKGROUNDS)
-    return [scene for scene in itertools.starmap(Scene, grid) if scene.held == held]
+    grid = itertools.starmap(Scene, itertools.product(*ATTRIBUTES.values()))
+    return tuple(scene for scene in grid if scene.held == held)
 
 
 def choose(options: Sequence[object], generator: torch.Generator) -> int:
@@ -136,10 +162,9 @@ def render(clips: Sequence[Clip], frames: int = FRAMES) -> torch.Tensor:
 
 def render_one(clip: Clip, frames: int) -> torch.Tensor:
     scene = clip.scene
-    step_x, step_y = (d * SPEEDS[scene.speed] for d in DIRECTIONS[scene.direction])
-    time = torch.arange(frames)[:, None, None]
-    x_FHW = torch.arange(WIDTH) + 0.5 - (clip.x + step_x * time)
-    y_FHW = (torch.arange(HEIGHT) + 0.5)[:, None] - (clip.y + step_y * time)
+    x_F11, y_F11 = clip.centre(torch.arange(frames)[:, None, None])
+    x_FHW = torch.arange(WIDTH) + 0.5 - x_F11
+    y_FHW = (torch.arange(HEIGHT) + 0.5)[:, None] - y_F11
     cover_FHW = coverage(scene.shape, x_FHW, y_FHW, SIZES[scene.size])
     inside, outside = (
         torch.tensor(palette) / 127.5 - 1
