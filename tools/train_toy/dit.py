@@ -36,6 +36,9 @@ SEED = 4
 PLAN = Plan(steps=3000, rate=2e-3, warmup=100, average=0.999)
 BATCH = 64
 TRAINING_SHIFT = 3.0  # towards noise, as the sampler's 12, but less: each level is to be learnt
+# What given frames tell, such as the speed, is learnt where the others' noise does not tell it too:
+# from this step on those are trained at the sampler's levels.
+SAMPLED_FROM, SAMPLING_SHIFT = 2000, 12.0
 TEXT_DROPOUT = 0.1  # of the captions are empty, for guidance
 CONDITIONED = (0, 1, 0, 2, 0, 2)  # leading clean latent frames, step by step in turn
 
@@ -103,7 +106,8 @@ class Batches:
         """Squared error of the velocity over the frames that are not given."""
         generator = generator_at(SEED, step)
         given = CONDITIONED[step % len(CONDITIONED)]
-        sigma_B = shifted(torch.rand(BATCH, generator=generator))
+        shift = SAMPLING_SHIFT if given and step >= SAMPLED_FROM else TRAINING_SHIFT
+        sigma_B = shifted(torch.rand(BATCH, generator=generator), shift)
         batch = self.noised(sigma_B, given, generator)
         velocity = dit(batch.x, batch.text, batch.timestep_BT, batch.mask, given)
         error = (velocity - batch.velocity)[:, :, given:]
@@ -114,9 +118,9 @@ class Batches:
         return "" if dropped else caption(self.scenes[number], generator, speed=given < 2)
 
 
-def shifted(uniform: Tensor) -> Tensor:
+def shifted(uniform: Tensor, shift: float) -> Tensor:
     """Noise levels from numbers in 0..1, more of them near 1."""
-    return TRAINING_SHIFT * uniform / (1 + (TRAINING_SHIFT - 1) * uniform)
+    return shift * uniform / (1 + (shift - 1) * uniform)
 
 
 def train_dit(folder: Path, batches: Batches, plan: Plan = PLAN) -> LongCatDiT:
