@@ -127,12 +127,9 @@ def free_start(length: int, radius: float, travel: float, share: float) -> float
     return first + share * (last - first)
 
 
-def caption(scene: Scene, generator: torch.Generator, *, speed: bool = True) -> str:
-    """The colour, the shape and the direction, and each of the rest as often as not.
-
-    Without `speed` nothing is said of how fast it moves.
-    """
-    size, fast, background = (torch.rand(3, generator=generator) < 0.5).tolist()
+def caption(scene: Scene, generator: torch.Generator) -> str:
+    """The colour, the shape and the direction, and each of the rest as often as not."""
+    size, speed, background = (torch.rand(3, generator=generator) < 0.5).tolist()
     return " ".join(
         [
             "a",
@@ -141,7 +138,7 @@ def caption(scene: Scene, generator: torch.Generator, *, speed: bool = True) -> 
             scene.shape,
             "moves",
             scene.direction,
-            *([scene.speed] if fast and speed else []),
+            *([scene.speed] if speed else []),
             *(["on a", scene.background, "background"] if background else []),
         ]
     )
