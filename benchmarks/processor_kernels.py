@@ -10,6 +10,7 @@ and takes it, then with freed memory kept, as `lcexport generate` and `bench` ke
     torch           torch's own product, which eager torch and AOTInductor call
     oneDNN          its product over the weights as they are stored
     oneDNN packed   over weights that it has rearranged once
+    ONNX Runtime    its `Gemm` over weights that it has packed, its `MultiHeadAttention`: the engine's
     fused           torch's attention, over each head's own memory
     as projected    over heads as the projections leave them, a token's side by side
     N rows          attention as two torch products and a softmax for every N queries of a head
@@ -24,8 +25,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import onnx.parser
+import onnxruntime as ort
 import torch
 import torch.nn.functional as F
+from onnx.numpy_helper import from_array
 from torch import Tensor
 
 from lcexport.engines.host import keep_freed_memory
@@ -33,6 +37,12 @@ from lcexport.engines.host import keep_freed_memory
 TOKENS, HEADS, WIDTH = 3072, 8, 128
 PRODUCTS = ((1024, 1024), (1024, 2816), (2816, 1024))  # projections, and SwiGLU's two ways
 CHUNKS = (128, 256, 512)
+HEAD = '<ir_version: 10, opset_import: ["": 21, "com.microsoft": 1]>'
+GEMM = "g (float[m, k] x) => (float[m, n] y) {y = Gemm<transB=1>(x, w, b)}"
+ATTENTION = (
+    "g (float[b, n, c] q, float[b, n, c] k, float[b, n, c] v) => (float[b, n, c] y) "
+    f"{{y = com.microsoft.MultiHeadAttention<num_heads={HEADS}, scale=1.0>(q, k, v)}}"
+)
 Matrices = Callable[[Tensor, Tensor], Tensor]
 Way = tuple[Callable[[], Tensor], int]  # and its operations
 
@@ -68,6 +78,7 @@ def products(width: int, out: int) -> dict[str, Way]:
             partial(mkldnn._linear_pointwise, x, packed, bias, "none", [], ""),
             operations,
         ),
+        "ONNX Runtime": (by_onnxruntime(GEMM, x=x, w=weight, b=bias), operations),
     }
 
 
@@ -84,7 +95,33 @@ def attentions() -> dict[str, Way]:
     ways["256 by oneDNN"] = (partial(in_chunks, q, k, v, 256, by_onednn), operations)
     alone = partial(in_chunks, q, k, v, 256, by_onednn, softmax=False)
     ways["no softmax"] = (alone, operations)
+    rows = [x.transpose(1, 2).reshape(1, TOKENS, HEADS * WIDTH) for x in (q, k, v)]
+    theirs = by_onnxruntime(ATTENTION, **dict(zip("qkv", rows, strict=True)))
+    ways["ONNX Runtime"] = (theirs, operations)
     return ways
+
+
+def by_onnxruntime(graph: str, **given: Tensor) -> Callable[[], Tensor]:
+    """One operation. Of a product the weights are constants, which it packs once."""
+    model = onnx.parser.parse_model(HEAD + graph)
+    constants = [n for n in given if n in "wb"]
+    model.graph.initializer.extend(from_array(given[n].numpy(), n) for n in constants)
+    session = ort.InferenceSession(model.SerializeToString(), threads())
+    feeds = {name: x.numpy() for name, x in given.items() if name not in constants}
+
+    def run() -> Tensor:
+        (y,) = session.run(None, feeds)
+        y = torch.from_numpy(y)
+        return y if y.ndim == 2 else y.view(1, TOKENS, HEADS, WIDTH).transpose(1, 2)
+
+    return run
+
+
+def threads() -> ort.SessionOptions:
+    """One."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return options
 
 
 def by_torch(x: Tensor, y: Tensor) -> Tensor:
