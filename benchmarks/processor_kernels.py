@@ -10,7 +10,7 @@ and takes it, then with freed memory kept, as `lcexport generate` and `bench` ke
     torch           torch's own product, which eager torch and AOTInductor call
     oneDNN          its product over the weights as they are stored
     oneDNN packed   over weights that it has rearranged once
-    ONNX Runtime    its `Gemm` over weights that it has packed, its `MultiHeadAttention`: the engine's
+    ONNX Runtime    its `Gemm` over weights that it has packed; its `MultiHeadAttention`
     fused           torch's attention, over each head's own memory
     as projected    over heads as the projections leave them, a token's side by side
     N rows          attention as two torch products and a softmax for every N queries of a head
