@@ -86,8 +86,8 @@ def exported(request: dict[str, Any]) -> tuple[ExportedProgram, object]:
 def use_onednn(program: ExportedProgram) -> None:
     """Have oneDNN compute the float32 products, over the weights as they are.
 
-    torch computes them by MKL, which leaves the wide vectors of some processors unused; where both
-    use the same ones they are as fast. Products in bfloat16 are oneDNN's already.
+    torch computes them by MKL, which was as fast on a processor with AVX2 and slower on one with
+    AVX-512 (docs/performance.md). Products in bfloat16 are oneDNN's already.
     """
     if not torch.backends.mkldnn.is_available():
         return
