@@ -7,16 +7,15 @@ once in turn, round after round, on one thread; its speed is of the processor ti
 what others do on the machine counts little. Medians, in GFLOP/s, first with memory as malloc gives
 and takes it, then with freed memory kept, as `lcexport generate` and `bench` keep it:
 
-    torch           torch's own product, which eager torch and AOTInductor call
-    oneDNN          its product over the weights as they are stored
+    torch           torch's own product, which eager torch calls
+    oneDNN          its product over the weights as they are stored: AOTInductor's packages call it
     oneDNN packed   over weights that it has rearranged once
     ONNX Runtime    its `Gemm` over weights that it has packed; its `MultiHeadAttention`
     fused           torch's attention, over each head's own memory
     as projected    over heads as the projections leave them, a token's side by side
     N rows          attention as two torch products and a softmax for every N queries of a head
     N by oneDNN     the same with oneDNN's products
-    no softmax      the products of that alone: no attention in float32 is faster without faster
-                    products
+    no softmax      the products of that alone: the difference is what the exponentials take
 """
 
 import argparse
@@ -95,8 +94,8 @@ def attentions() -> dict[str, Way]:
     ways["256 by oneDNN"] = (partial(in_chunks, q, k, v, 256, by_onednn), operations)
     alone = partial(in_chunks, q, k, v, 256, by_onednn, softmax=False)
     ways["no softmax"] = (alone, operations)
-    rows = [x.transpose(1, 2).reshape(1, TOKENS, HEADS * WIDTH) for x in (q, k, v)]
-    theirs = by_onnxruntime(ATTENTION, **dict(zip("qkv", rows, strict=True)))
+    side_by_side = (x.transpose(1, 2).reshape(1, TOKENS, HEADS * WIDTH) for x in (q, k, v))
+    theirs = by_onnxruntime(ATTENTION, **dict(zip("qkv", side_by_side, strict=True)))
     ways["ONNX Runtime"] = (theirs, operations)
     return ways
 

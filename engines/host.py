@@ -1,4 +1,4 @@
-"""Memory of this process and of this machine, read from the kernel (Linux)."""
+"""Memory of this process and of this machine, read from the kernel (Linux), kept and given back."""
 
 import ctypes
 import gc

@@ -189,7 +189,7 @@ def require_memory(weights_bytes: int) -> None:
         raise ResourceError(
             "the build is likely to need more host memory than there is",
             got=f"{available / 1e9:.1f} GB available",
-            wanted=f"{needed / 1e9:.1f} GB: 0.5, and about 3 times the weights' "
-            f"{weights_bytes / 1e9:.1f}",
+            wanted=f"{needed / 1e9:.1f} GB: {FIXED_BYTES / 1e9:.1f}, and about "
+            f"{BYTES_PER_WEIGHT_BYTE:.0f} times the weights' {weights_bytes / 1e9:.1f}",
             do="Build in more segments, with --weights shared, or free memory.",
         )
