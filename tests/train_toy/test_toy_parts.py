@@ -147,6 +147,48 @@ def test_a_stopped_stage_of_the_vae_ends_at_the_same_weights(tmp_path, monkeypat
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
+def test_crops_lie_between_whole_latents():
+    places = torch.arange(64.0).expand(64, 64)
+    for n in range(20):
+        crop = vae.cropped(torch.stack([places, places.T]), (31, 50), 32, generator_at(0, n))
+        left, top = crop[:, 0, 0].tolist()
+        assert crop.shape == (2, 32, 32)
+        assert left in (16, 24, 32)  # about 50 - 16, in the picture
+        assert top in (0, 8, 16, 24)
+
+
+def test_latents_are_disturbed_by_their_own_measure():
+    latents = torch.randn(4, 2, 5, 32, 32, generator=generator_at(0)) * torch.tensor(
+        [1.0, 100.0]
+    ).view(1, 2, 1, 1, 1)
+    noise = (vae.disturbed(latents, 0.4, generator_at(1)) - latents).std((2, 3, 4))
+    assert noise.max() < 0.42 * 100
+    torch.testing.assert_close(noise[:, 1], 100 * noise[:, 0], rtol=0.1, atol=0)
+    assert noise[:, 0].max() > noise[:, 0].min() + 0.05
+
+
+def test_the_samplers_noise_levels_are_the_schedules():
+    uniform = torch.linspace(1, 0.001, 20)
+    found = dit.shifted(uniform, dit.SAMPLING_SHIFT)
+    torch.testing.assert_close(found, schedule(20).sigmas[:-1].float(), rtol=0, atol=1e-5)
+
+
+def test_given_frames_are_trained_at_the_samplers_levels_in_the_end(small_batches, monkeypatch):
+    shifts = []
+
+    def shifted(uniform, shift):
+        shifts.append(shift)
+        return original(uniform, shift)
+
+    original = dit.shifted
+    monkeypatch.setattr(dit, "shifted", shifted)
+    model = moved_dit()
+    given_none_one_two = [0, 2, 3]
+    for step in (*given_none_one_two, *(dit.SAMPLED_FROM + step for step in given_none_one_two)):
+        small_batches.loss_at(model, step)
+    assert shifts == [3, 3, 3, 3, 12, 12]
+
+
 def test_given_frames_are_clean_and_at_timestep_zero(batches):
     sigma = torch.tensor([0.25, 1.0])
     batch = batches.noised(sigma, 2, generator_at(0))

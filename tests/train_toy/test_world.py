@@ -1,19 +1,23 @@
 """The toy's world: clips are what their scenes say, and some combinations are not trained on."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lcexport.configs.presets import TEMPORAL_STRIDE
 from tools.train_toy.training import generator_at
 from tools.train_toy.world import (
     COLOURS,
     DIRECTIONS,
     FRAMES,
+    GRID,
     HEIGHT,
     HELD,
     SHAPES,
     SIZES,
+    SPEEDS,
     WIDTH,
     Clip,
     Scene,
@@ -51,6 +55,15 @@ def test_the_shape_stays_in_the_picture(scene):
     for start, travel, length in ((clip.x, across, WIDTH), (clip.y, along, HEIGHT)):
         assert radius <= min(start, start + travel)
         assert max(start, start + travel) <= length - radius
+
+
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_latents_see_shapes_in_few_places(speed):
+    scene = replace(SCENE, speed=speed)
+    clips = [placed(scene, generator_at(0, n)) for n in range(40)]
+    seen = {clip.centre(frame) for clip in clips for frame in range(0, FRAMES, TEMPORAL_STRIDE)}
+    assert all(x % GRID == y % GRID == 0 for x, y in seen)
+    assert len({y for _, y in seen}) == 11  # 12, 16 .. 52
 
 
 def test_the_shape_moves_two_pixels_a_frame_when_it_moves_quickly():

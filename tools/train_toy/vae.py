@@ -19,6 +19,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import Tensor
 
+from lcexport.configs.presets import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lcexport.runtime.decoding import unclamped
 from tools.train_toy.training import Plan, Training, generator_at
 from tools.train_toy.world import FRAMES, choose, placed, render, scenes
@@ -38,7 +39,8 @@ SEED = 1
 class Stage:
     """A part of the training: square crops of `size` pixels and `frames` frames, so many a step.
 
-    kl is the weight of the latents' pull to a normal, in nats for each number.
+    kl is the weight of the latents' pull to a normal, in nats for each number; noise the most that
+    is added to them, in deviations.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Stage:
     size: int
     frames: int
     kl: float
+    noise: float = 0.0
 
 
 PICTURES = Stage("vae-pictures", Plan(steps=1200, rate=5e-4), crops=32, size=32, frames=1, kl=2e-4)
@@ -55,14 +58,14 @@ PICTURES = Stage("vae-pictures", Plan(steps=1200, rate=5e-4), crops=32, size=32,
 CLIPS = Stage(
     "vae-clips",
     Plan(steps=900, rate=1e-3, average=0.99, full_rate="time_conv", slower=0.02),
-    crops=4, size=32, frames=17, kl=0.0,
+    crops=4, size=32, frames=17, kl=0.0, noise=0.4,
 )  # fmt: skip
 # Crops are near the shape: what is far from it, whole frames show. Without them the decoder puts
 # clouds there.
 WHOLE = Stage(
     "vae-whole",
     Plan(steps=200, rate=3e-4, average=0.99, full_rate="time_conv", slower=0.2),
-    crops=2, size=64, frames=17, kl=0.0,
+    crops=2, size=64, frames=17, kl=0.0, noise=0.4,
 )  # fmt: skip
 
 
@@ -122,6 +125,8 @@ def loss_at(vae: AutoencoderKLWan, stage: Stage, step: int) -> dict[str, Tensor]
     posterior = cast(Any, vae.encode(pixels)).latent_dist
     mean, variance = posterior.mean, posterior.var
     latents = mean + posterior.std * torch.randn(mean.shape, generator=generator)
+    if stage.noise:
+        latents = disturbed(latents, stage.noise, generator)
     # not clamped to -1..1, where no gradient would come back
     error = torch.cat(list(unclamped(vae, latents)), 2) - pixels
     return {
@@ -131,13 +136,21 @@ def loss_at(vae: AutoencoderKLWan, stage: Stage, step: int) -> dict[str, Tensor]
     }
 
 
+def disturbed(latents: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """With noise of up to so many deviations: what a DiT paints is not quite what pictures give."""
+    level = most * torch.rand(len(latents), 1, 1, 1, 1, generator=generator)
+    deviation = latents.std((0, 2, 3, 4), keepdim=True)
+    return latents + level * deviation * torch.randn(latents.shape, generator=generator)
+
+
 def crops(count: int, size: int, frames: int, generator: torch.Generator) -> Tensor:
     """[count, 3, frames, size, size] of different clips: the shape's edges, as a rule."""
     options = scenes(held=False)
     rows = []
     for _ in range(count):
         clip = placed(options[choose(options, generator)], generator)
-        start = int(torch.randint(FRAMES - frames + 1, (), generator=generator))
+        latest = (FRAMES - frames) // TEMPORAL_STRIDE
+        start = TEMPORAL_STRIDE * int(torch.randint(latest + 1, (), generator=generator))
         video = render([clip], start + frames)[0, :, start:]
         x, y = clip.centre(start + frames // 2)
         rows.append(cropped(video, (y, x), size, generator))
@@ -145,10 +158,15 @@ def crops(count: int, size: int, frames: int, generator: torch.Generator) -> Ten
 
 
 def cropped(video: Tensor, near: Sequence[float], size: int, generator: torch.Generator) -> Tensor:
-    """A square of `video` whose centre is at most 16 pixels from `near` along each axis."""
+    """A square of `video`, between whole latents, with its centre about 16 pixels from `near`."""
     offsets = torch.randint(-16, 17, (2,), generator=generator).tolist()
     top, left = (
-        min(max(round(middle) + offset - size // 2, 0), length - size)
+        min(max(whole_latents(middle + offset - size / 2), 0), length - size)
         for middle, offset, length in zip(near, offsets, video.shape[-2:], strict=True)
     )
     return video[..., top : top + size, left : left + size]
+
+
+def whole_latents(pixels: float) -> int:
+    """The last edge between latents that is not beyond `pixels`, rounded."""
+    return round(pixels) // SPATIAL_STRIDE * SPATIAL_STRIDE

@@ -31,6 +31,10 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x, y
 SPEEDS = {"slowly": 1.0, "quickly": 2.0}  # pixels a frame
 SIZES = {"small": 9.0, "large": 13.0}  # pixels from the centre to the farthest edge
+# Pixels between the places where a shape can start. It moves by 4 or 8 pixels from one latent frame
+# to the next, so a latent of 8 x 8 pixels sees it in few places, and more of the training goes into
+# what the captions say.
+GRID = 4
 BACKGROUNDS = {"black": (18, 18, 22), "gray": (115, 115, 120), "brown": (95, 60, 40)}
 
 # A scene's attributes in order, and the words for each.
@@ -120,11 +124,11 @@ def placed(scene: Scene, generator: torch.Generator) -> Clip:
     return Clip(scene, x, y)
 
 
-def free_start(length: int, radius: float, travel: float, share: float) -> float:
-    """Where to start along one axis: `share` of the way through the places that leave room."""
-    first = radius + max(0.0, -travel)
-    last = length - radius - max(0.0, travel)
-    return first + share * (last - first)
+def free_start(length: int, radius: float, travel: float, share: float) -> int:
+    """Where to start along one axis: `share`, 0..1, of the way through the places with room."""
+    first = math.ceil((radius + max(0.0, -travel)) / GRID)
+    last = math.floor((length - radius - max(0.0, travel)) / GRID)
+    return GRID * min(first + int(share * (last - first + 1)), last)
 
 
 def caption(scene: Scene, generator: torch.Generator) -> str:
