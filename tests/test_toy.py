@@ -32,10 +32,10 @@ from tools.train_toy.training import generator_at
 from tools.train_toy.world import SPEEDS, Clip, Scene, full_caption, placed, render
 
 BuildPackages = Callable[[BuildOptions], Path]
-SCENES = held_scenes(6)
+SCENES = held_scenes(8)
 ASKED = ("colour", "shape", "direction")
 LORA = LoraChoice(path=TOY / "lora" / "cfg_step_lora.safetensors")
-ENGINES_DIFFER = 2e-4  # the most that a pixel may, of 1; they do by 2e-5
+ENGINES_DIFFER = 2e-4  # the most that a pixel may, of 1; they do by 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_its_lora_comes_nearer_to_guidance_than_the_model_without_it():
 
 @pytest.mark.parametrize("speed", SPEEDS)
 def test_a_continuation_goes_on_as_its_source_does(bundle, speed):
-    clip = Clip(Scene("red", "circle", "right", speed, "small", "black"), 10.0, 32.0)
+    clip = Clip(Scene("red", "circle", "right", speed, "small", "black"), 12, 32)
     source = (frames_of(clip, 9) * 255).round().byte().numpy()
     with load(bundle, "toy", "onnxruntime", tasks=["vc"]) as pipe:
         made = pipe.generate(full_caption(clip.scene), video=source, task="vc", seed=1)
@@ -184,7 +184,7 @@ def test_a_continuation_goes_on_as_its_source_does(bundle, speed):
     assert (new.direction, new.speed) == ("right", speed), new
     assert new.centres is not None
     jump = new.centres[0] - torch.tensor(clip.centre(8))
-    assert jump.norm() < SPEEDS[speed] + 2
+    assert jump.norm() < SPEEDS[speed] + 1
 
 
 def forget_the_negation(patch: pytest.MonkeyPatch) -> None:
@@ -216,16 +216,18 @@ def test_a_mistake_lowers_the_score(eager, right, mistake, monkeypatch):
     assert score(videos(eager)) <= score(right) - 0.5
 
 
-def test_latents_that_are_not_denormalised_are_seen_in_the_frames(eager, right, monkeypatch):
-    """Most of their shapes can still be told, so that the score falls by little."""
+def test_latents_that_are_not_denormalised_lower_the_score(eager, right, monkeypatch):
+    """By less: colours and shapes fade, motion is still seen."""
     monkeypatch.setattr(lcexport.runtime.vae, "denormalize", lambda latents, mean, std: latents)
-    assert differences(videos(eager, 3), right).mean() > 0.015  # 0.034
+    made = videos(eager)
+    assert score(made) <= score(right) - 0.1
+    assert differences(made, right).mean() > 0.03  # 0.045
 
 
 def test_at_a_high_scale_plain_guidance_blurs_shapes_more_than_zero_guidance(eager, monkeypatch):
-    kept = fit(videos(eager, guidance_scale=12.0))
+    kept = fit(videos(eager, guidance_scale=16.0))
     monkeypatch.setattr(lcexport.runtime.denoiser, "cfg_zero", plain)
-    assert fit(videos(eager, guidance_scale=12.0)) <= kept - 0.03
+    assert fit(videos(eager, guidance_scale=16.0)) <= kept - 0.08
 
 
 def plain(cond, uncond, scale, scratch=None, out=None):
