@@ -147,24 +147,57 @@ def test_a_stopped_stage_of_the_vae_ends_at_the_same_weights(tmp_path, monkeypat
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
-def test_crops_lie_between_whole_latents():
+def test_crops_begin_at_the_edges_of_latents():
     places = torch.arange(64.0).expand(64, 64)
-    for n in range(20):
-        crop = vae.cropped(torch.stack([places, places.T]), (31, 50), 32, generator_at(0, n))
-        left, top = crop[:, 0, 0].tolist()
-        assert crop.shape == (2, 32, 32)
-        assert left in (16, 24, 32)  # about 50 - 16, in the picture
-        assert top in (0, 8, 16, 24)
+    video = torch.stack([places, places.T])
+    crops = [vae.cropped(video, (31, 50), 32, generator_at(0, n)) for n in range(60)]
+    assert {crop.shape for crop in crops} == {(2, 32, 32)}
+    assert {float(crop[0, 0, 0]) for crop in crops} == {16, 24, 32}  # 50 - 16, and in the picture
+    assert {float(crop[1, 0, 0]) for crop in crops} == {0, 8, 16, 24}
+
+
+def test_pictures_are_frames_that_the_encoder_sees_of_clips(monkeypatch):
+    lengths = set()
+
+    def counted(clips, frames):
+        lengths.add(frames)
+        return render(clips, frames)
+
+    monkeypatch.setattr(vae, "render", counted)
+    vae.crops(60, 32, 1, generator_at(0))
+    assert lengths == {1, 5, 9, 13, 17}
 
 
 def test_latents_are_disturbed_by_their_own_measure():
-    latents = torch.randn(4, 2, 5, 32, 32, generator=generator_at(0)) * torch.tensor(
-        [1.0, 100.0]
-    ).view(1, 2, 1, 1, 1)
-    noise = (vae.disturbed(latents, 0.4, generator_at(1)) - latents).std((2, 3, 4))
+    z = torch.randn(4, 2, 5, 32, 32, generator=generator_at(0))
+    z[:, 1] *= 100
+    noise = (vae.disturbed(z, 0.4, generator_at(1)) - z).std((2, 3, 4))
     assert noise.max() < 0.42 * 100
     torch.testing.assert_close(noise[:, 1], 100 * noise[:, 0], rtol=0.1, atol=0)
     assert noise[:, 0].max() > noise[:, 0].min() + 0.05
+
+
+@torch.no_grad()
+def test_the_decoder_is_trained_on_disturbed_latents():
+    model = vae.new_vae()
+    loss, still = (
+        vae.loss_at(model, replace(SMALL_STAGE, noise=noise), 0)["squared"] for noise in (0.4, 0.0)
+    )
+    assert vae.CLIPS.noise == vae.WHOLE.noise == 0.4
+    assert loss != still
+
+
+def test_a_blocks_large_products_are_in_bfloat16_and_its_modulation_in_float32(small_batches):
+    model = moved_dit()
+    found = []
+    for name in ("adaln_linear_1", "self_attn.to_q", "cross_attn", "ffn"):
+        model.layers[0].get_submodule(name).register_forward_hook(
+            lambda _, given, output, name=name: found.append((name, output.dtype))
+        )
+    small_batches.loss_at(model, 0)
+    bulk = dict(found)
+    assert bulk.pop("adaln_linear_1") is torch.float32
+    assert list(bulk.values()) == 3 * [torch.bfloat16]
 
 
 def test_the_samplers_noise_levels_are_the_schedules():
@@ -183,11 +216,12 @@ def test_given_frames_are_trained_at_the_samplers_levels_in_the_end(small_batche
     original = dit.shifted
     monkeypatch.setattr(dit, "shifted", shifted)
     model = moved_dit()
-    first = [dit.CONDITIONED.index(given) for given in (0, 1, 2)]
-    rounds = -(-dit.SAMPLED_FROM // len(dit.CONDITIONED)) * len(dit.CONDITIONED)
-    for step in (*first, *(rounds + step for step in first)):
+    last = [step for step in range(dit.SAMPLED_FROM) if dit.CONDITIONED[step % 8]][-2:]
+    first = [step + 8 for step in last]
+    for step in (*last, *first, dit.SAMPLED_FROM):
         small_batches.loss_at(model, step)
-    assert shifts == [5, 5, 5, 5, 12, 12]
+    early, late = dit.TRAINING_SHIFT, dit.SAMPLING_SHIFT
+    assert shifts == [early, early, late, late, early]  # the last one without given frames
 
 
 def test_given_frames_are_clean_and_at_timestep_zero(batches):

@@ -73,6 +73,12 @@ def test_a_training_of_another_plan_is_not_continued(tmp_path):
         train(small(), tmp_path, replace(PLAN, steps=13))
 
 
+def test_a_training_of_another_recipe_is_not_continued(tmp_path):
+    train(small(), tmp_path)
+    with pytest.raises(UsageError, match=r"of another training; .* wanted .* other crops"):
+        Training(small(), PLAN, tmp_path, "small", "other crops").run(loss_of(small()))
+
+
 def test_a_state_that_does_not_say_its_plan_is_continued(tmp_path):
     training = train(small(), tmp_path)
     save_file(load_file(training.state_path), training.state_path, metadata={"step": "12"})

@@ -22,6 +22,7 @@ from tools.train_toy.world import (
     Clip,
     Scene,
     caption,
+    free_start,
     full_caption,
     placed,
     render,
@@ -63,7 +64,18 @@ def test_latents_see_shapes_in_few_places(speed):
     clips = [placed(scene, generator_at(0, n)) for n in range(40)]
     seen = {clip.centre(frame) for clip in clips for frame in range(0, FRAMES, TEMPORAL_STRIDE)}
     assert all(x % GRID == y % GRID == 0 for x, y in seen)
-    assert len({y for _, y in seen}) == 11  # 12, 16 .. 52
+    assert {y for _, y in seen} == set(range(12, 53, 4))
+
+
+@pytest.mark.parametrize("radius", SIZES.values())
+@pytest.mark.parametrize("travel", [-32.0, -16.0, 0.0, 16.0, 32.0])
+def test_the_first_and_the_last_place_leave_room(radius, travel):
+    for share in (0.0, 1 - 2**-24):
+        start = free_start(WIDTH, radius, travel, share)
+        assert radius <= min(start, start + travel)
+        assert max(start, start + travel) <= WIDTH - radius
+    assert free_start(WIDTH, radius, travel, 0.0) - GRID < radius + max(0.0, -travel)
+    assert free_start(WIDTH, radius, travel, 1 - 2**-24) + GRID > WIDTH - radius - max(0.0, travel)
 
 
 def test_the_shape_moves_two_pixels_a_frame_when_it_moves_quickly():

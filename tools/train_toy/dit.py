@@ -21,7 +21,7 @@ from lcexport.runtime.vae import normalize
 from tools.train_toy.latents import Statistics, clip_at
 from tools.train_toy.text import TextReader
 from tools.train_toy.training import Plan, Training, generator_at
-from tools.train_toy.world import caption
+from tools.train_toy.world import GRID, caption
 
 CONFIG = DiTConfig(
     hidden_size=192,
@@ -35,8 +35,8 @@ SEED = 4
 PLAN = Plan(steps=3000, rate=2e-3, warmup=100, average=0.999)
 BATCH = 64
 TRAINING_SHIFT = 5.0  # towards noise, as the sampler's 12, but less: each level is to be learnt
-# What given frames tell, such as the speed, is learnt where the others' noise does not tell it too:
-# from this step on those are trained at the sampler's levels.
+# From this step on given frames are trained at the sampler's levels, where the others' noise does
+# not tell how they go on.
 SAMPLED_FROM, SAMPLING_SHIFT = 1500, 12.0
 TEXT_DROPOUT = 0.1  # of the captions are empty, for guidance
 # Leading clean latent frames, step by step in turn. They show the shape themselves, so most steps
@@ -47,8 +47,9 @@ CONDITIONED = (0, 0, 0, 1, 0, 0, 0, 2)
 def new_dit() -> LongCatDiT:
     """The same first weights every time.
 
-    What a block adds is small at first, and its modulation and the output begin at zero. Attention
-    and feed-forward compute in bfloat16, all else, modulation among it, in float32, as engines do.
+    What a block adds is small at first, and its modulation and the output begin at zero. The
+    linear maps of attention and feed-forward compute in bfloat16; modulation, the residual and all
+    before and after the blocks in float32.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -62,7 +63,7 @@ def new_dit() -> LongCatDiT:
     dit = dit_from_tensors(CONFIG, tensors).requires_grad_(True).train()
     for block in dit.layers:
         for bulk in (block.self_attn, block.cross_attn, block.ffn):
-            # fused attention's backward takes twice as long here
+            # the backward of fused attention alone would take a quarter of a step
             unfused = sdpa_kernel(SDPBackend.MATH)(bulk.forward)
             bulk.forward = torch.autocast("cpu", torch.bfloat16)(unfused)
     return dit
@@ -130,7 +131,8 @@ def shifted(uniform: Tensor, shift: float) -> Tensor:
 def train_dit(folder: Path, batches: Batches, plan: Plan = PLAN) -> LongCatDiT:
     """Train, or go on training, in `folder`; the finished DiT, its weights averaged."""
     dit = new_dit()
-    training = Training(dit, plan, folder, "dit")
+    recipe = f"{GRID=} {BATCH=} {TRAINING_SHIFT=} {SAMPLED_FROM=} {SAMPLING_SHIFT=} {CONDITIONED=}"
+    training = Training(dit, plan, folder, "dit", recipe)
     training.run(lambda step: batches.loss_at(dit, step))
     training.assign(training.averaged)
     return dit.requires_grad_(False).eval()

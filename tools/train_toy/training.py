@@ -95,8 +95,11 @@ def refuse_other(path: Path, got: object, wanted: object) -> None:
 class Training:
     """A module in training, and all of it that a file holds."""
 
-    def __init__(self, module: nn.Module, plan: Plan, folder: Path, name: str) -> None:
+    def __init__(
+        self, module: nn.Module, plan: Plan, folder: Path, name: str, recipe: str = ""
+    ) -> None:
         self.module, self.plan = module, plan
+        self.recipe = f"{plan} {recipe}".strip()  # what a file must be of to be continued
         self.state_path = folder / f"{name}.training.safetensors"
         self.log_path = folder / f"{name}.jsonl"
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -114,7 +117,7 @@ class Training:
         `loss_at(step)` gives the parts of the loss, which are added.
 
         Raises:
-            UsageError: the file is of another plan.
+            UsageError: the file is of another plan or recipe.
         """
         with alone(self.state_path):
             if self.state_path.exists():
@@ -161,14 +164,14 @@ class Training:
                 tensors[f"{key}.{name}"] = value
         temporary = self.state_path.with_suffix(".part")
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary,
-                  metadata={"step": str(self.step), "plan": repr(self.plan)})  # fmt: skip
+                  metadata={"step": str(self.step), "plan": self.recipe})  # fmt: skip
         temporary.rename(self.state_path)
 
     def restore(self) -> None:
         with safe_open(self.state_path, "pt") as file:
             metadata = file.metadata()
             if "plan" in metadata:  # older ones do not say
-                refuse_other(self.state_path, metadata["plan"], repr(self.plan))
+                refuse_other(self.state_path, metadata["plan"], self.recipe)
             self.step = int(metadata["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self.assign({n: tensors.pop(f"parameter.{n}") for n in self.parameters})

@@ -22,7 +22,7 @@ from torch import Tensor
 from lcexport.configs.presets import SPATIAL_STRIDE, TEMPORAL_STRIDE
 from lcexport.runtime.decoding import unclamped
 from tools.train_toy.training import Plan, Training, generator_at
-from tools.train_toy.world import FRAMES, choose, placed, render, scenes
+from tools.train_toy.world import FRAMES, GRID, choose, placed, render, scenes
 
 CONFIG: dict[str, Any] = {
     "base_dim": 16,
@@ -40,7 +40,7 @@ class Stage:
     """A part of the training: square crops of `size` pixels and `frames` frames, so many a step.
 
     kl is the weight of the latents' pull to a normal, in nats for each number; noise the most that
-    is added to them, in deviations.
+    is added to them, in deviations of each channel over the step's crops.
     """
 
     name: str
@@ -94,7 +94,7 @@ def train_decoder(vae: AutoencoderKLWan, folder: Path) -> AutoencoderKLWan:
 
 
 def train_stage(vae: AutoencoderKLWan, folder: Path, stage: Stage) -> None:
-    training = Training(vae, stage.plan, folder, stage.name)
+    training = Training(vae, stage.plan, folder, stage.name, f"{stage} {GRID=}")
     training.run(partial(loss_at, vae, stage))
     training.assign(training.averaged)
 
@@ -158,15 +158,18 @@ def crops(count: int, size: int, frames: int, generator: torch.Generator) -> Ten
 
 
 def cropped(video: Tensor, near: Sequence[float], size: int, generator: torch.Generator) -> Tensor:
-    """A square of `video`, between whole latents, with its centre about 16 pixels from `near`."""
+    """A square of `video` that begins at a latent's edge.
+
+    Its centre is up to 16 pixels after `near` along each axis, or up to 23 before it.
+    """
     offsets = torch.randint(-16, 17, (2,), generator=generator).tolist()
     top, left = (
-        min(max(whole_latents(middle + offset - size / 2), 0), length - size)
+        min(max(latents_edge(int(middle) + offset - size // 2), 0), length - size)
         for middle, offset, length in zip(near, offsets, video.shape[-2:], strict=True)
     )
     return video[..., top : top + size, left : left + size]
 
 
-def whole_latents(pixels: float) -> int:
-    """The last edge between latents that is not beyond `pixels`, rounded."""
-    return round(pixels) // SPATIAL_STRIDE * SPATIAL_STRIDE
+def latents_edge(pixel: int) -> int:
+    """The last one up to `pixel`."""
+    return pixel // SPATIAL_STRIDE * SPATIAL_STRIDE

@@ -125,10 +125,10 @@ def placed(scene: Scene, generator: torch.Generator) -> Clip:
 
 
 def free_start(length: int, radius: float, travel: float, share: float) -> int:
-    """Where to start along one axis: `share`, 0..1, of the way through the places with room."""
+    """Where to start along one axis: `share`, 0 to below 1, of the way through the places."""
     first = math.ceil((radius + max(0.0, -travel)) / GRID)
     last = math.floor((length - radius - max(0.0, travel)) / GRID)
-    return GRID * min(first + int(share * (last - first + 1)), last)
+    return GRID * (first + int(share * (last - first + 1)))
 
 
 def caption(scene: Scene, generator: torch.Generator) -> str:
