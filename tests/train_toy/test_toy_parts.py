@@ -190,10 +190,12 @@ def test_the_decoder_is_trained_on_disturbed_latents():
 def test_a_blocks_large_products_are_in_bfloat16_and_its_modulation_in_float32(small_batches):
     model = moved_dit()
     found = []
+
+    def note(name, module, given, output):
+        found.append((name, output.dtype))
+
     for name in ("adaln_linear_1", "self_attn.to_q", "cross_attn", "ffn"):
-        model.layers[0].get_submodule(name).register_forward_hook(
-            lambda _, given, output, name=name: found.append((name, output.dtype))
-        )
+        model.layers[0].get_submodule(name).register_forward_hook(partial(note, name))
     small_batches.loss_at(model, 0)
     bulk = dict(found)
     assert bulk.pop("adaln_linear_1") is torch.float32
