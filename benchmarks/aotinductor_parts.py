@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from torch._C._aoti import AOTIModelPackageLoader
 from torch.profiler import ProfilerActivity, profile
 
-from lcexport.builder.aoti_worker import SETTINGS, use_folder
+from lcexport.builder.aoti_worker import SETTINGS, use_folder, use_kernels
 from lcexport.configs.dit import DiTConfig
 from lcexport.dit import Geometry, LongCatDiT
+from lcexport.engines.host import keep_freed_memory
 from lcexport.graph import GraphSpec
 from lcexport.graph.modules import BlockPart, EmbedPart, FinalPart, embed_tables, embedders
 from lcexport.graph.programs import export_program
@@ -46,7 +47,12 @@ TEXT_TOKENS = 512
 SPREAD = 0.02  # of the weights
 Run = Callable[[], Tensor]
 # by a part of the kernels' names
-KERNELS = {"products": "mm_out", "attention": "cpu__scaled_dot", "Inductor's": "graph_", "rest": ""}
+KERNELS = {
+    "products": "linear_pointwise",
+    "attention": "_attention_",
+    "Inductor's": "graph_",
+    "rest": "",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the JSON document here too")
     parser.add_argument("--profile", action="store_true", help="where a block's time goes")
     asked = parser.parse_args(arguments)
+    keep_freed_memory()  # as `lcexport generate` does
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
     config = DiTConfig(
@@ -201,6 +208,7 @@ class Package:
         more: Mapping[str, object] | None = None,
     ) -> None:
         self.path = path
+        use_kernels(program)
         before = processor_seconds()
         torch._inductor.aoti_compile_and_package(
             program,

@@ -16,10 +16,13 @@ and takes it, then with freed memory kept, as `lcexport generate` and `bench` ke
     N rows          attention as two torch products and a softmax for every N queries of a head
     N by oneDNN     the same with oneDNN's products
     no softmax      the products of that alone: the difference is what the exponentials take
+    package         what AOTInductor's packages compute (lcexport/builder/attention.h), over heads
+                    as the projections leave them
 """
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -29,8 +32,9 @@ import onnxruntime as ort
 import torch
 import torch.nn.functional as F
 from onnx.numpy_helper import from_array
-from torch import Tensor
+from torch import Tensor, nn
 
+from lcexport.builder.aoti_worker import SETTINGS, use_kernels
 from lcexport.engines.host import keep_freed_memory
 
 TOKENS, HEADS, WIDTH = 3072, 8, 128
@@ -94,10 +98,30 @@ def attentions() -> dict[str, Way]:
     ways["256 by oneDNN"] = (partial(in_chunks, q, k, v, 256, by_onednn), operations)
     alone = partial(in_chunks, q, k, v, 256, by_onednn, softmax=False)
     ways["no softmax"] = (alone, operations)
-    side_by_side = (x.transpose(1, 2).reshape(1, TOKENS, HEADS * WIDTH) for x in (q, k, v))
+    side_by_side = tuple(x.transpose(1, 2).reshape(1, TOKENS, HEADS * WIDTH) for x in (q, k, v))
     theirs = by_onnxruntime(ATTENTION, **dict(zip("qkv", side_by_side, strict=True)))
     ways["ONNX Runtime"] = (theirs, operations)
+    ways["package"] = (by_package(*side_by_side), operations)
     return ways
+
+
+def by_package(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+    """A package of one attention over [1, N, H*D]."""
+
+    class Attention(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.view(1, TOKENS, HEADS, WIDTH).transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+    program = torch.export.export(Attention(), (q, k, v), strict=False)
+    use_kernels(program)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/package.pt2"
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=path, inductor_configs=dict(SETTINGS)
+        )
+        loaded = torch._inductor.aoti_load_package(path)
+    return partial(loaded, q, k, v)
 
 
 def by_onnxruntime(graph: str, **given: Tensor) -> Callable[[], Tensor]:

@@ -2,7 +2,7 @@
 
     python tools/inspect_wheel.py dist/lcexport-*.whl
 
-Every python, TOML and py.typed file of the packages in the tree must be in the wheel, byte for
+Every python, TOML, C++ and py.typed file of the packages in the tree must be in the wheel, byte for
 byte, and the trained toy, and nothing beside them but the wheel's own metadata. Exit code 1 names
 what is wrong.
 """
@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ("*.py", "*.toml", "py.typed")
+SHIPPED = ("*.py", "*.toml", "*.h", "py.typed")
 TOY = ROOT / "lcexport" / "toy"
 
 

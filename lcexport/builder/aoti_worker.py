@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from lcexport.builder.aoti_attention import ATTENTION, OWN_ATTENTION, use_attention
 from lcexport.configs.components import Component
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import BuildError
@@ -36,7 +37,7 @@ SETTINGS: dict[str, Any] = {
 }
 PRODUCT = torch.ops.aten.linear.default
 ONEDNN_PRODUCT = torch.ops.mkldnn._linear_pointwise.default
-ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+ATTENTIONS = (ATTENTION, OWN_ATTENTION)
 SHOWN_ERRORS = 2
 
 
@@ -60,7 +61,7 @@ def compile_package(request: dict[str, Any], _: bytes, __: Answer) -> object:
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return {
         "package": str(package),
-        "attentions": sum(node.target is ATTENTION for node in program.graph.nodes),
+        "attentions": sum(node.target in ATTENTIONS for node in program.graph.nodes),
         "peak_rss_bytes": max(peak_rss_bytes(), children),
         "plan": plan,
     }
@@ -79,8 +80,14 @@ def exported(request: dict[str, Any]) -> tuple[ExportedProgram, object]:
     spec = GraphSpec.from_job(config, job, request["batch"], request["precision"])
     program = export_program(config, spec, part, request["weights"], device)
     if device == "cpu":
-        use_onednn(program)
+        use_kernels(program)
     return program, None
+
+
+def use_kernels(program: ExportedProgram) -> None:
+    """Have the faster kernels that a processor has for float32 in place of torch's."""
+    use_onednn(program)
+    use_attention(program)
 
 
 def use_onednn(program: ExportedProgram) -> None:
