@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import cycle
 from mmap import mmap
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 8 << 20  # large enough for the disk, small enough for any machine
 LARGE_BYTES = 64 << 20
 PAGE_BYTES = 4096  # past the cache places, sizes and addresses are multiples of the disk's blocks
-BUFFERS = 3  # one in use, one waiting, one being read
+READERS = 2  # one alone does not keep the disk busy while its user computes (docs/performance.md)
+BUFFERS = READERS + 2  # one in use, one waiting, the others being read
 DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -46,15 +47,19 @@ def chunks_of(path: Path) -> Iterator[ByteRange]:
 
 
 def read_ahead(ranges: Iterable[ByteRange]) -> Generator[memoryview, None, None]:
-    """The bytes of each range, read by a thread that is up to two ranges ahead.
+    """The bytes of each range in their order, read by threads that are up to three ranges ahead.
 
     A range's memory is used again when the next one is asked for. What lies beyond the end of a
     file is missing. Raises OSError.
     """
     memories = cycle([_Memory() for _ in range(BUFFERS)])
     reading: deque[Future[memoryview]] = deque()
-    with closing(_Source()) as source, ThreadPoolExecutor(1, "reading") as thread:
+    with ExitStack() as stack:
+        sources = [stack.enter_context(closing(_Source())) for _ in range(READERS)]
+        threads = [stack.enter_context(ThreadPoolExecutor(1, "reading")) for _ in sources]
+        readers = cycle(zip(threads, sources, strict=True))
         for wanted in ranges:
+            thread, source = next(readers)
             reading.append(thread.submit(source.read, wanted, next(memories)))
             if len(reading) == BUFFERS:
                 yield reading.popleft().result()
@@ -134,7 +139,7 @@ class _Memory:
 
 
 class _Source:
-    """The file that is read now; another is opened when it is asked for."""
+    """The file that one thread reads now; another is opened when it is asked for."""
 
     def __init__(self) -> None:
         self._path: Path | None = None

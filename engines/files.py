@@ -82,7 +82,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, in bounded memory; of a large one, a thread reads ahead."""
+    """Hex SHA-256 of a file, in bounded memory; of a large one, threads read ahead."""
     if path.stat().st_size <= CHUNK_BYTES:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     digest = hashlib.sha256()

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,21 @@ def test_a_whole_file_comes_in_chunks(tmp_path: Path, content: bytes):
     path = tmp_path / "file"
     write_bytes(path, content)
     assert b"".join(map(bytes, read_ahead(chunks_of(path)))) == content
+
+
+def test_two_ranges_are_read_at_a_time(tmp_path: Path, content: bytes, monkeypatch):
+    """The disk has the next request while one is being answered."""
+    path = tmp_path / "file"
+    write_bytes(path, content)
+    real, both = os.preadv, threading.Barrier(2, timeout=20)
+
+    def waiting_for_another(*given):
+        both.wait()
+        return real(*given)
+
+    monkeypatch.setattr(os, "preadv", waiting_for_another)
+    ranges = [ByteRange(path, start, start + 10) for start in range(0, 60, 10)]
+    assert b"".join(map(bytes, read_ahead(ranges))) == content[:60]
 
 
 def test_a_missing_file_is_an_error_of_the_system(tmp_path: Path):
