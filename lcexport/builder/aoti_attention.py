@@ -2,9 +2,11 @@
 
 torch's reaches four fifths of the speed of a product of matrices on a processor with AVX-512, and
 attention.h the product's own (docs/performance.md). Attention under a mask, of other types than
-float32, or of a head dimension that no whole number of panels holds remains torch's.
+float32, or of a head dimension that no whole number of panels holds remains torch's, and so does
+all of it on processors that have neither AVX2 nor AVX-512.
 """
 
+import math
 from importlib.resources import files
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
+from torch._inductor.cpu_vec_isa import VecAVX2, VecAVX512, pick_vec_isa
 from torch._inductor.ir import Buffer, ExternKernel, FixedLayout, TensorBox
 from torch._inductor.lowering import register_lowering
 from torch._inductor.utils import parallel_num_threads
@@ -52,6 +55,8 @@ OWN_ATTENTION = torch.ops.lcexport.attention.default
 
 def use_attention(program: ExportedProgram) -> None:
     """Put `lcexport::attention` where the program has an attention that attention.h computes."""
+    if not isinstance(pick_vec_isa(), VecAVX2 | VecAVX512):
+        return
     register_lowering(OWN_ATTENTION, type_promotion_kind=None)(lowered)
     for node in program.graph.nodes:
         if node.target is ATTENTION and suits(node):
@@ -62,7 +67,8 @@ def use_attention(program: ExportedProgram) -> None:
 
 def suits(node: Node) -> bool:
     """Whether attention.h computes it: float32 of one shape but for the tokens, and a scale."""
-    if len(node.args) != 3 or set(node.kwargs) != {"scale"}:
+    scale = node.kwargs.get("scale")
+    if len(node.args) != 3 or len(node.kwargs) != 1 or not isinstance(scale, float):
         return False
     given = [cast(Node, x).meta["val"] for x in node.args]
     shapes = {(*x.shape[:-2], x.shape[-1]) for x in given}
@@ -71,6 +77,8 @@ def suits(node: Node) -> bool:
         not shapes
         and len(batch_heads_dim) == 3
         and batch_heads_dim[-1] % PANEL == 0
+        and given[1].shape[-2] > 0
+        and math.isfinite(scale)
         and all(x.dtype is torch.float32 for x in given)
     )
 
@@ -78,7 +86,8 @@ def suits(node: Node) -> bool:
 def lowered(q: TensorBox, k: TensorBox, v: TensorBox, scale: float) -> TensorBox:
     """Inductor's node for it."""
     given = [realized(x) for x in (q, k, v)]
-    size = _, heads, tokens, dim = q.get_size()
+    size = q.get_size()
+    heads, tokens, dim = size[1:]
     stride: Any = (tokens * heads * dim, dim, heads * dim, 1)
     layout = FixedLayout(q.get_device_or_error(), torch.float32, size, stride)
     out: Any = AttentionTemplate(given, layout, scale).generate().output_node()
@@ -90,7 +99,11 @@ def realized(x: TensorBox) -> Any:
     """A tensor in memory, a head's values side by side."""
     there = ExternKernel.realize_input(x)
     there.freeze_layout()
-    return there if there.get_stride()[-1] == 1 else ExternKernel.copy_input(there)
+    if there.get_stride()[-1] == 1:
+        return there
+    copy = ExternKernel.copy_input(there)
+    copy.freeze_layout()  # or Inductor would lay it out as the values are read
+    return copy
 
 
 class AttentionTemplate(CppTemplate):

@@ -2,7 +2,8 @@
 //
 // Blocks of keys and values are rearranged, so that tiles of queries read them in order, and a
 // tile's scores stay in the nearest cache; its softmax goes on from block to block (FlashAttention,
-// arXiv:2205.14135). lcexport/builder/aoti_attention.py puts this text into what Inductor generates.
+// arXiv:2205.14135). For AVX2 and AVX-512: torch's vectors of other processors lack what it asks of
+// them. lcexport/builder/aoti_attention.py puts this text into what Inductor generates.
 #ifndef LCEXPORT_ATTENTION_H
 #define LCEXPORT_ATTENTION_H
 
@@ -25,7 +26,8 @@ constexpr int ROWS = 6;  // 6 x 2 sums fit 16 registers
 constexpr int ROWS = 12;
 #endif
 constexpr int KEYS = 256;    // of a block: with its values 256 KiB for heads of 128
-constexpr int CHUNK = 3072;  // queries that one arrangement of the keys serves, whole tiles
+constexpr int CHUNK = 3072;  // queries that one arrangement of the keys serves
+static_assert(KEYS % COLUMNS == 0 && CHUNK % ROWS == 0);
 
 // A tensor [batch, head, token, dim] whose dim lies side by side.
 template <typename T>
@@ -63,8 +65,9 @@ inline void multiply(const float* a, int lda, const float* panel, int depth, flo
     for (int j = 0; j < 2; ++j) sums[r][j].store(c + r * ldc + j * LANES);
 }
 
-// 2^x for x <= 0, and 2^-126 below that: Taylor's series of 2^f = exp(f ln 2) to the sixth power
-// about the nearest whole number, f at most 1/2 (1.3e-7 of the value), whose exponent is added.
+// 2^x for x <= 0: Taylor's series of 2^f = exp(f ln 2) to the sixth power about the nearest whole
+// number, f at most 1/2 (1.3e-7 of the value), whose exponent is added. Never less than 2^-126,
+// which is nothing beside the 1 of the highest score, unless a value is above 1e30.
 inline Lanes power_of_two(Lanes x) {
   x = at::vec::clamp_min(x, Lanes(-126.f));
   const Lanes whole = x.round(), f = x - whole;
@@ -154,7 +157,7 @@ class Chunk {
 
   // Scores of the tile at query n become shares; what was summed by a lower highest score shrinks.
   void weigh(int n) {
-    alignas(64) float shrunk[16];
+    alignas(64) float shrunk[(ROWS + LANES - 1) / LANES * LANES] = {};
     for (int r = 0; r < ROWS; ++r) {
       float* row = scores + r * SCORES;
       std::fill(row + count, row + width, -std::numeric_limits<float>::infinity());
@@ -172,7 +175,7 @@ class Chunk {
       float *row = scores + r * SCORES, *total = totals + (n + r) * LANES;
       float* sum = sums + (n + r) * D;
       const Lanes most(highest[n + r]), factor(shrunk[r]);
-      for (int d = 0; d < D; d += 16) {  // the next tile's, a cache farther away
+      for (int d = 0; d < D; d += 16) {  // the next tile's, a cache farther away; after the last, nothing's
         __builtin_prefetch(queries + (n + ROWS + r) * QUERY + d, 0, 2);
         __builtin_prefetch(sum + ROWS * D + d, 1, 2);
       }
@@ -191,7 +194,8 @@ class Chunk {
   }
 };
 
-// out [batch, heads, asked, D] of q, of k and v [batch, heads, known, D]. Threads share the tiles.
+// out [batch, heads, asked, D] of q, and of k and v [batch, heads, known, D], at least one key.
+// Threads share the tiles.
 template <int D>
 void attention(Heads<const float> q, Heads<const float> k, Heads<const float> v, Heads<float> out,
                int64_t batch, int64_t heads, int64_t asked, int64_t known, float scale) {

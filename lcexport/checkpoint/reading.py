@@ -1,4 +1,4 @@
-"""Read byte ranges of weight files: chunk by chunk with one chunk read ahead, or one tensor whole.
+"""Read byte ranges of weight files: chunk by chunk, read ahead, or one tensor whole.
 
 Memory is a few chunks whatever the size of the checkpoint.
 """
@@ -98,7 +98,7 @@ def read_chunks(pieces: Iterable[Piece], *, whole_rows: bool = False) -> Iterato
     """Yield the pieces' bytes in order, in chunks of at most CHUNK_ELEMENTS elements.
 
     Chunks are counted in elements so that the same tensor in two dtypes is cut alike. A piece
-    without elements yields one empty chunk. Abandoning the iterator stops the reading thread.
+    without elements yields one empty chunk. Abandoning the iterator stops the reading threads.
 
     Args:
         whole_rows: cut no row of a matrix, however long; the shapes must have been checked.

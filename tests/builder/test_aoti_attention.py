@@ -1,6 +1,8 @@
 """Attention that packages compute themselves, held against float64."""
 
 import ctypes
+import math
+import re
 import zipfile
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
@@ -10,8 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
-from torch._inductor.cpu_vec_isa import VecISA, valid_vec_isa_list
+from torch._inductor.cpu_vec_isa import (
+    VecAVX2,
+    VecAVX512,
+    VecISA,
+    invalid_vec_isa,
+    valid_vec_isa_list,
+)
 
+from lcexport.builder import aoti_attention
 from lcexport.builder.aoti_attention import ATTENTION, CODE, OWN_ATTENTION, use_attention
 from lcexport.builder.aoti_worker import SETTINGS
 
@@ -52,7 +61,10 @@ class Compiled:
         return out
 
 
-WIDTHS = {isa.bit_width(): isa for isa in valid_vec_isa_list()}
+WIDTHS = {
+    isa.bit_width(): isa for isa in valid_vec_isa_list() if isinstance(isa, VecAVX2 | VecAVX512)
+}
+needs_vectors = pytest.mark.skipif(not WIDTHS, reason="neither AVX2 nor AVX-512 here")
 
 
 @pytest.fixture(scope="module", params=WIDTHS.values(), ids=str)
@@ -148,32 +160,45 @@ def test_threads_do_not_change_a_bit(compiled):
 
 
 class Attends(nn.Module):
-    """Self-attention of tokens [N, A*D] to all and from the third on, as cond tokens have it."""
+    """Tokens [N, A*D], the first three of which see each other alone, as clean latents' do; and
+    attention of heads [A, D, N], whose values are not side by side.
+    """
 
-    def forward(self, q: Tensor, kv: Tensor) -> Tensor:
+    def forward(self, q: Tensor, kv: Tensor, across: Tensor) -> tuple[Tensor, Tensor]:
         k, v = (x.reshape(1, -1, 2, 32).transpose(1, 2) for x in kv.chunk(2, dim=1))
         q = q.sin().reshape(1, -1, 2, 32).transpose(1, 2)
         first = F.scaled_dot_product_attention(q[:, :, :3], k[:, :, :3], v[:, :, :3], scale=0.2)
         rest = F.scaled_dot_product_attention(q[:, :, 3:], k, v, scale=0.2)
         out = torch.cat([first, rest], dim=2)
-        return out.transpose(1, 2).reshape(-1, 64) + 1
+        x = across.mT[None]
+        other = F.scaled_dot_product_attention(x, x + 1, x - 1, scale=0.2)
+        return out.transpose(1, 2).reshape(-1, 64) + 1, other
 
 
+@needs_vectors
 def test_a_package_holds_it_and_reads_views_where_they_lie(tmp_path):
-    q, kv = torch.randn(45, 64), torch.randn(45, 128)
-    program = torch.export.export(Attends(), (q, kv), strict=False)
+    given = torch.randn(45, 64), torch.randn(45, 128), torch.randn(2, 32, 21)
+    program = torch.export.export(Attends(), given, strict=False)
     use_attention(program)
-    torch.testing.assert_close(program.module()(q, kv), Attends()(q, kv))
+    torch.testing.assert_close(program.module()(*given), Attends()(*given))
     path = tmp_path / "package.pt2"
     torch._inductor.aoti_compile_and_package(
         program, package_path=str(path), inductor_configs=dict(SETTINGS)
     )
-    out = torch._inductor.aoti_load_package(str(path))(q, kv)
-    torch.testing.assert_close(out.double(), Attends()(q.double(), kv.double()), **TOLERANCE)
+    found = torch._inductor.aoti_load_package(str(path))(*given)
+    for out, wanted in zip(found, Attends()(*(x.double() for x in given)), strict=True):
+        torch.testing.assert_close(out.double(), wanted, **TOLERANCE)
     with zipfile.ZipFile(path) as package:
-        (library,) = (package.read(n) for n in package.namelist() if n.endswith(".so"))
+        names = package.namelist()
+        (library,) = (package.read(n) for n in names if n.endswith(".so"))
+        (code,) = (package.read(n) for n in names if n.endswith(".wrapper.cpp"))
     assert b"lcexport5ChunkILi32E" in library  # the name of Chunk<32>, as compilers write it
     assert b"scaled_dot_product" not in library
+    # Who reads keys and values as they were handed in: two attentions, which take queries beside
+    # them and give one tensor, and nothing that would copy them.
+    readers = re.findall(rb"\w+\(([^;]*\(arg1_1\.data_ptr\(\)\)[^;]*)\);", code)
+    taken_given = [(a.count(b"(const float*)"), a.count(b"(float*)")) for a in readers]
+    assert taken_given == [(2, 1), (2, 1)]
 
 
 @pytest.mark.parametrize(
@@ -182,10 +207,11 @@ def test_a_package_holds_it_and_reads_views_where_they_lie(tmp_path):
         (24, torch.float32, {"scale": 1.0}),
         (64, torch.bfloat16, {"scale": 1.0}),
         (64, torch.float32, {}),
+        (64, torch.float32, {"scale": math.inf}),
         (64, torch.float32, {"scale": 1.0, "is_causal": True}),
         (64, torch.float32, {"scale": 1.0, "attn_mask": torch.ones(5, 5, dtype=torch.bool)}),
     ],
-    ids=["head dimension", "type", "no scale", "causal", "mask"],
+    ids=["head dimension", "type", "no scale", "infinite", "causal", "mask"],
 )
 def test_other_attention_stays_torchs(dim, dtype, more):
     class Other(nn.Module):
@@ -200,12 +226,27 @@ def test_other_attention_stays_torchs(dim, dtype, more):
     assert OWN_ATTENTION not in targets
 
 
-def test_values_of_another_head_dimension_stay_torchs():
-    class Other(nn.Module):
-        def forward(self, q: Tensor, v: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, q, v, scale=1.0)
+class Attention(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
 
-    given = torch.randn(1, 2, 5, 64), torch.randn(1, 2, 5, 32)
-    program = torch.export.export(Other(), given, strict=False)
+
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [((1, 2, 5, 64), (1, 2, 5, 32)), ((1, 2, 0, 64), (1, 2, 0, 64)), ((1, 1, 5, 64),) * 2],
+    ids=["values of another head dimension", "no keys", "one head for all"],
+)
+def test_other_keys_and_values_stay_torchs(keys, values):
+    given = torch.randn(1, 2, 5, 64), torch.randn(keys), torch.randn(values)
+    program = torch.export.export(Attention(), given, strict=False)
+    use_attention(program)
+    targets = [node.target for node in program.graph.nodes]
+    assert ATTENTION in targets
+    assert OWN_ATTENTION not in targets
+
+
+def test_a_processor_with_other_vectors_keeps_torchs(monkeypatch):
+    monkeypatch.setattr(aoti_attention, "pick_vec_isa", lambda: invalid_vec_isa)
+    program = torch.export.export(Attention(), (torch.randn(1, 2, 5, 64),) * 3, strict=False)
     use_attention(program)
     assert ATTENTION in [node.target for node in program.graph.nodes]

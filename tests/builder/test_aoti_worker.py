@@ -1,10 +1,38 @@
-"""What is compiled: the traced program, its float32 products oneDNN's."""
+"""What is compiled: the traced program, its float32 products and attention by faster kernels."""
+
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.cpu_vec_isa import VecAVX2
 
-from lcexport.builder.aoti_worker import ONEDNN_PRODUCT, PRODUCT, use_onednn
+from lcexport.builder import aoti_attention
+from lcexport.builder.aoti_attention import ATTENTION, OWN_ATTENTION
+from lcexport.builder.aoti_worker import ONEDNN_PRODUCT, PRODUCT, use_kernels, use_onednn
+from lcexport.configs.dit import DiTConfig
+from lcexport.dit import Geometry, LongCatDiT
+from lcexport.graph import GraphSpec
+from lcexport.graph.modules import BlockPart
+from lcexport.graph.programs import export_program
+
+
+def test_a_block_of_the_dit_has_the_faster_kernels(monkeypatch):
+    """Both attentions and every product."""
+    monkeypatch.setattr(aoti_attention, "pick_vec_isa", VecAVX2)
+    config = DiTConfig(hidden_size=64, num_heads=2, depth=1, text_tokens_zero_pad=True)
+    geometry = Geometry(1, 2, 4, 4)
+    block = BlockPart(LongCatDiT(config), geometry)
+    names = [name.removeprefix("block.") for name, _ in block.named_parameters()]
+    spec = GraphSpec(geometry, 6, torch.float32)
+    program = export_program(config, spec, "Block", names)
+    before = Counter(node.target for node in program.graph.nodes)
+    use_kernels(program)
+    after = Counter(node.target for node in program.graph.nodes)
+    assert (before[ATTENTION], before[OWN_ATTENTION]) == (2, 0)
+    assert (after[ATTENTION], after[OWN_ATTENTION]) == (0, 2)
+    assert after[PRODUCT] == 0
+    assert after[ONEDNN_PRODUCT] == before[PRODUCT] > 0
 
 
 class Products(nn.Module):
