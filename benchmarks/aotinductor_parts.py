@@ -17,7 +17,7 @@ What compiling cost is that of this process and of the compilers it starts, from
 a small program has been compiled.
 
 --profile runs nothing of that, but one block's package, and says which kernels its time goes to:
-torch's products, its attention, what Inductor made, and the rest.
+products, attention, what Inductor made, and the rest.
 """
 
 import argparse

@@ -175,7 +175,8 @@ class Chunk {
       float *row = scores + r * SCORES, *total = totals + (n + r) * LANES;
       float* sum = sums + (n + r) * D;
       const Lanes most(highest[n + r]), factor(shrunk[r]);
-      for (int d = 0; d < D; d += 16) {  // the next tile's, a cache farther away; after the last, nothing's
+      // Fetch the next tile's from a cache farther away; after the last, nothing's.
+      for (int d = 0; d < D; d += 16) {
         __builtin_prefetch(queries + (n + ROWS + r) * QUERY + d, 0, 2);
         __builtin_prefetch(sum + ROWS * D + d, 1, 2);
       }
