@@ -26,15 +26,16 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import onnx.parser
 import onnxruntime as ort
 import torch
 import torch.nn.functional as F
+from aotinductor_parts import Package
 from onnx.numpy_helper import from_array
 from torch import Tensor, nn
 
-from lcexport.builder.aoti_worker import SETTINGS, use_kernels
 from lcexport.engines.host import keep_freed_memory
 
 TOKENS, HEADS, WIDTH = 3072, 8, 128
@@ -114,14 +115,9 @@ def by_package(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
             return F.scaled_dot_product_attention(q, k, v, scale=1.0)
 
     program = torch.export.export(Attention(), (q, k, v), strict=False)
-    use_kernels(program)
     with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/package.pt2"
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=path, inductor_configs=dict(SETTINGS)
-        )
-        loaded = torch._inductor.aoti_load_package(path)
-    return partial(loaded, q, k, v)
+        package = Package(Path(folder) / "package.pt2", program)
+    return lambda: package((q, k, v))[0]
 
 
 def by_onnxruntime(graph: str, **given: Tensor) -> Callable[[], Tensor]:
