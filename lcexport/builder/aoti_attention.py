@@ -51,6 +51,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 OWN_ATTENTION = torch.ops.lcexport.attention.default
+ATTENTIONS = (ATTENTION, OWN_ATTENTION)
 
 
 def use_attention(program: ExportedProgram) -> None:

@@ -1,7 +1,7 @@
 """One part compiled by AOTInductor, in the process that `lcexport.builder.aoti` started for it.
 
 Inductor keeps what it generates and compiles in caches, which lie in the request's folder and go
-with it.
+with it. It makes such a folder when it is imported, and so it is imported once that is settled.
 """
 
 import os
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from lcexport.builder.aoti_attention import ATTENTION, OWN_ATTENTION, use_attention
 from lcexport.configs.components import Component
 from lcexport.configs.dit import DiTConfig
 from lcexport.configs.errors import BuildError
@@ -37,7 +36,6 @@ SETTINGS: dict[str, Any] = {
 }
 PRODUCT = torch.ops.aten.linear.default
 ONEDNN_PRODUCT = torch.ops.mkldnn._linear_pointwise.default
-ATTENTIONS = (ATTENTION, OWN_ATTENTION)
 SHOWN_ERRORS = 2
 
 
@@ -47,6 +45,8 @@ def compile_package(request: dict[str, Any], _: bytes, __: Answer) -> object:
     """
     folder = Path(request["folder"])
     use_folder(folder)
+    from lcexport.builder.aoti_attention import ATTENTIONS
+
     program, plan = exported(request)
     package = folder / "package.pt2"
     try:
@@ -86,6 +86,8 @@ def exported(request: dict[str, Any]) -> tuple[ExportedProgram, object]:
 
 def use_kernels(program: ExportedProgram) -> None:
     """Have the faster kernels that a processor has for float32 in place of torch's."""
+    from lcexport.builder.aoti_attention import use_attention
+
     use_onednn(program)
     use_attention(program)
 

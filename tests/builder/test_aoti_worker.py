@@ -1,5 +1,8 @@
 """What is compiled: the traced program, its float32 products and attention by faster kernels."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -55,6 +58,22 @@ def test_float32_products_are_onednns_and_compute_the_same(shape):
         ONEDNN_PRODUCT, ONEDNN_PRODUCT, PRODUCT
     ]  # fmt: skip
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_nothing_is_left_where_it_was_started(tmp_path):
+    """Inductor makes its folder when it is imported: only where the request says."""
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    work.mkdir()
+    elsewhere.mkdir()
+    code = (
+        "from pathlib import Path; from lcexport.builder.aoti_worker import use_folder\n"
+        f"use_folder(Path({str(work)!r}))\n"
+        "import lcexport.builder.aoti_attention"
+    )
+    here = {"TMPDIR": str(elsewhere), "PATH": os.environ["PATH"]}
+    subprocess.run((sys.executable, "-c", code), check=True, env=here)
+    assert list(elsewhere.iterdir()) == []
+    assert (work / "inductor").is_dir()
 
 
 def test_a_torch_without_onednn_keeps_its_own(monkeypatch):
